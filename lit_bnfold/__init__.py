@@ -1,0 +1,42 @@
+"""Train with BatchNorm, ship without it.
+
+The names below are imported when they are first used, so that ``import lit_bnfold.folding`` needs torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_bnfold.callbacks import BatchNormFolding as BatchNormFolding
+    from lit_bnfold.checkpoint import load_folded as load_folded
+    from lit_bnfold.folding import FoldingError as FoldingError
+    from lit_bnfold.folding import fold_batchnorm as fold_batchnorm
+    from lit_bnfold.folding import plan_folding as plan_folding
+    from lit_bnfold.names.data import NamesDataModule as NamesDataModule
+    from lit_bnfold.names.model import BatchNormMLP as BatchNormMLP
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BatchNormFolding": "lit_bnfold.callbacks",
+    "BatchNormMLP": "lit_bnfold.names.model",
+    "FoldingError": "lit_bnfold.folding",
+    "NamesDataModule": "lit_bnfold.names.data",
+    "fold_batchnorm": "lit_bnfold.folding",
+    "load_folded": "lit_bnfold.checkpoint",
+    "plan_folding": "lit_bnfold.folding",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,161 @@
+"""What can be known of a model before it runs: who owns which tensor, and what stands in the way of a fold."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from lit_bnfold.folding.graph import BatchNorm, FoldingError, Layer, Obstacle
+
+FOLDABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """A kind of weight layer that a BatchNorm can be folded into.
+
+    Attributes:
+        module: The class of its modules.
+        function: What its forward calls, as ``function(input, weight, bias, ...)``.
+        channel_axis: Axis of its output that the output channels of its weight lie on.
+        out_channels: Name of the attribute that holds their number.
+    """
+
+    module: type[nn.Module]
+    function: Callable[..., Tensor]
+    channel_axis: int
+    out_channels: str
+
+
+LAYER_KINDS = (LayerKind(nn.Linear, F.linear, channel_axis=-1, out_channels="out_features"),)
+
+
+class Census:
+    """Counts a model's modules and tensors, and finds the obstacles that no run has to show.
+
+    Args:
+        model: The model, in any state.
+
+    Raises:
+        FoldingError: If a lazy module of it has not met its first batch.
+
+    Attributes:
+        names: Each module with its name, the first one in ``named_modules()``.
+        hooked: The modules that carry a forward hook or a forward pre-hook.
+        tensors: Each parameter and buffer with its first name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.hooked = {module for module in self.names if module._forward_hooks or module._forward_pre_hooks}
+        self.tensors: dict[Tensor, str] = {}
+        self._owners: dict[Tensor, list[str]] = defaultdict(list)
+        for module, name in self.names.items():
+            for key, tensor in own_tensors(module).items():
+                self._owners[tensor].append(_join(name, key))
+                self.tensors.setdefault(tensor, _join(name, key))
+        self._refuse_lazy()
+        seals = {root: seal for root in self.names if (seal := _seal(root)) is not None}
+        self._sealed = {module: seal for root, seal in seals.items() for module in root.modules()}
+
+    def _refuse_lazy(self) -> None:
+        for tensor, name in self.tensors.items():
+            if is_lazy(tensor):
+                raise FoldingError(f"`{name}` is not initialised: run the model on one batch before folding it.")
+
+    def kind(self, module: nn.Module | None) -> LayerKind | None:
+        """The kind of weight layer that a module is; None if it is none."""
+        return next((kind for kind in LAYER_KINDS if isinstance(module, kind.module)), None)
+
+    def is_batchnorm(self, module: nn.Module) -> bool:
+        """Whether a module counts as a BatchNorm, foldable or not."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return "BatchNorm" in module.original_name
+        return isinstance(module, _BatchNorm)
+
+    def layer(self, module: nn.Module, kind: LayerKind) -> Layer:
+        """The facts about a weight layer."""
+        return Layer(
+            out_channels=getattr(module, kind.out_channels),
+            channel_axis=kind.channel_axis,
+            parameters=tuple(self.tensors[tensor] for tensor in own_tensors(module).values()),
+            obstacle=self._common_obstacle(module) or self._weight_obstacle(module),
+        )
+
+    def batchnorm(self, module: nn.Module) -> BatchNorm:
+        """The facts about a BatchNorm."""
+        return BatchNorm(
+            num_features=int(getattr(module, "num_features", 0)),
+            parameters=tuple(self.tensors[tensor] for tensor in own_tensors(module).values()),
+            obstacle=self._common_obstacle(module) or _batchnorm_obstacle(module),
+        )
+
+    def _common_obstacle(self, module: nn.Module) -> Obstacle | None:
+        if module in self._sealed:
+            return self._sealed[module]
+        if module in self.hooked:
+            return "hook", f"`{self.names[module]}` carries a forward hook, which could see or change what would move"
+        return None
+
+    def _weight_obstacle(self, module: nn.Module) -> Obstacle | None:
+        tensors, name = own_tensors(module), self.names[module]
+        for key in ("weight", "bias"):
+            if key not in tensors and (key == "weight" or getattr(module, key, None) is not None):
+                return "computed-weight", f"the {key} of `{name}` is computed anew at every call"
+        for key, tensor in tensors.items():
+            if type(tensor) is not nn.Parameter or tensor.layout is not torch.strided or tensor.is_meta:
+                return "unusual-weight", f"`{_join(name, key)}` is not an ordinary parameter"
+            if tensor.dtype not in FOLDABLE_DTYPES:
+                return "unusual-weight", f"`{_join(name, key)}` is of {tensor.dtype}, which cannot be scaled"
+            others = [owner for owner in self._owners[tensor] if owner != _join(name, key)]
+            if others:
+                return "shared-parameter", f"`{_join(name, key)}` is also `{others[0]}`"
+        return None
+
+
+def _batchnorm_obstacle(module: nn.Module) -> Obstacle | None:
+    tensors = own_tensors(module)
+    if "running_mean" not in tensors or "running_var" not in tensors:
+        return "no-statistics", "it keeps no running statistics and normalises by those of each batch"
+    if getattr(module, "affine", False) and ("weight" not in tensors or "bias" not in tensors):
+        return "computed-weight", "its weight is computed anew at every call"
+    if not _keeps_torchs_forward(module):
+        return "own-forward", f"its class {type(module).__name__} has a forward of its own"
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return "unusual-weight", "its statistics are on the meta device and hold no numbers"
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()) or bool(
+        (tensors["running_var"] < 0).any()
+    ):
+        return "not-finite", "its statistics or its weight hold infinities, NaNs or negative variances"
+    return None
+
+
+def _keeps_torchs_forward(module: nn.Module) -> bool:
+    return "forward" not in vars(module) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def _seal(module: nn.Module) -> Obstacle | None:
+    """Why nothing inside a module may be touched, if that is so."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "opaque", "it is part of a ScriptModule, whose structure is fixed"
+    # An OptimizedModule keeps the module that it compiled as `_orig_mod`; `Module.compile` leaves its call behind.
+    if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+        return "opaque", "it is part of a compiled module; fold the model before compiling it"
+    return None
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that a module holds itself, by attribute."""
+    tensors = {**module._parameters, **module._buffers}
+    return {key: tensor for key, tensor in tensors.items() if tensor is not None}
+
+
+def _join(module: str, key: str) -> str:
+    return f"{module}.{key}" if module else key

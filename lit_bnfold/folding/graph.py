@@ -1,0 +1,205 @@
+"""The value graph: what one run of a model did, as plain records.
+
+A *value* is what one tensor held between two writes. A *call* is one operation that read and made values. A *frame* is
+one call of a module. None of the records holds a tensor, so a graph costs little and outlives the run it describes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+Obstacle = tuple[str, str]
+"""Why a BatchNorm has to stay: a stable code for programs, and a sentence for people."""
+
+_STRIDE_READERS = {"aten.view.default", "aten.view.dtype", "aten.as_strided.default", "aten._reshape_alias.default"}
+
+
+class FoldingError(Exception):
+    """A model cannot be folded, or a plan does not fit it."""
+
+
+@dataclass(slots=True)
+class Value:
+    """What one tensor held between two writes.
+
+    Attributes:
+        index: Its place in ``ValueGraph.values``.
+        shape: Sizes, in elements.
+        stride: Strides, in elements.
+        dtype: For example ``torch.float32``.
+        storage: A number that values share exactly when they share memory.
+        maker: Index of the call that made it; None for what came from outside: inputs, parameters, constants.
+        users: Indices of the calls that read it, in order, one entry per call.
+        name: The parameter's or buffer's name, None for everything else.
+        constant: True where nothing that could differ between two runs went into it.
+        fate: What became of it after the run, as words for a reason; None if it was dropped.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: Any
+    storage: int
+    maker: int | None = None
+    users: list[int] = field(default_factory=list)
+    name: str | None = None
+    constant: bool = False
+    fate: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """Stands in the recorded arguments of a call where a tensor stood."""
+
+    value: int
+
+
+@dataclass(slots=True)
+class Call:
+    """One operation of the run.
+
+    Attributes:
+        index: Its place in ``ValueGraph.calls``.
+        kind: ``layer`` and ``batchnorm`` for the operation of a weight layer and of a BatchNorm, ``operation`` for
+            every other tensor operation, ``opaque`` for a reader that is no operation (a hook, Python code).
+        name: What was called, for example ``aten.view.default`` or ``linear``.
+        frame: Index of the module call it happened in.
+        owner: Name of the layer or the BatchNorm, None for the other kinds.
+        args: Positional arguments, with a ``Ref`` for each tensor.
+        kwargs: Keyword arguments, likewise.
+        inputs: Values read, in the order of the arguments.
+        outputs: Values made.
+    """
+
+    index: int
+    kind: Literal["layer", "batchnorm", "operation", "opaque"]
+    name: str
+    frame: int
+    owner: str | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One call of a module: its name as in ``named_modules()``, and the frame it was called from."""
+
+    module: str | None
+    parent: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What a plan needs to know of a weight layer.
+
+    Attributes:
+        out_channels: Length of the channel axis of its output.
+        channel_axis: Which axis of its output that is.
+        parameters: Names of its parameters and buffers.
+        obstacle: Why nothing may be folded into it whatever the run did; None if nothing is in the way.
+    """
+
+    out_channels: int
+    channel_axis: int
+    parameters: tuple[str, ...]
+    obstacle: Obstacle | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNorm:
+    """What a plan needs to know of a BatchNorm.
+
+    Attributes:
+        num_features: Number of channels.
+        parameters: Names of its parameters and buffers.
+        obstacle: Why it has to stay whatever the run did; None if nothing is in the way.
+    """
+
+    num_features: int
+    parameters: tuple[str, ...]
+    obstacle: Obstacle | None
+
+
+@dataclass
+class ValueGraph:
+    """Everything that one run did, and the facts about the modules it ran.
+
+    Attributes:
+        values: Every value, by index.
+        calls: Every call, by index, in the order of the run.
+        frames: Every module call, by index; the first is the run itself.
+        written: Storages that were written in place, with what wrote them.
+        aliased: Storages that were reached through a tensor whose origin the run does not show, with a sentence.
+        forked: Modules that were running when a tensor became a Python value; None stands for the run itself.
+        layers: The weight layers that were called, by name.
+        batchnorms: Every BatchNorm of the model, by name, in the order of ``named_modules()``.
+    """
+
+    values: list[Value] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=lambda: [Frame(None, None)])
+    written: dict[int, str] = field(default_factory=dict)
+    aliased: dict[int, str] = field(default_factory=dict)
+    forked: set[str | None] = field(default_factory=set)
+    layers: dict[str, Layer] = field(default_factory=dict)
+    batchnorms: dict[str, BatchNorm] = field(default_factory=dict)
+
+    @cached_property
+    def calls_of(self) -> dict[str, list[Call]]:
+        """The calls of each layer and BatchNorm, by its name."""
+        calls: dict[str, list[Call]] = defaultdict(list)
+        for call in self.calls:
+            if call.owner is not None:
+                calls[call.owner].append(call)
+        return calls
+
+    @cached_property
+    def named_values(self) -> dict[str, Value]:
+        """The value of each parameter and buffer as it was before the run, by its name."""
+        return {value.name: value for value in self.values if value.name is not None}
+
+    def maker(self, value: Value) -> Call | None:
+        """The call that made a value; None for what came from outside the run."""
+        return None if value.maker is None else self.calls[value.maker]
+
+    def users(self, value: Value) -> list[Call]:
+        """The calls that read a value."""
+        return [self.calls[index] for index in value.users]
+
+    @cached_property
+    def _storages(self) -> dict[int, list[Value]]:
+        storages: dict[int, list[Value]] = defaultdict(list)
+        for value in self.values:
+            storages[value.storage].append(value)
+        return storages
+
+    def is_reinterpreted(self, value: Value) -> bool:
+        """Whether somebody looks at the memory of a value in a way that depends on its strides."""
+        aliases = self._storages[value.storage]
+        return any(call.name in _STRIDE_READERS for alias in aliases for call in self.users(alias))
+
+    def where(self, call: Call) -> str:
+        """A call and the module it happened in, as words for a reason."""
+        module = self.frames[call.frame].module
+        place = "" if module is None else " in the model" if module == "" else f" in `{module}`"
+        return f"`{plain_name(call.name)}`{place}"
+
+    def modules_around(self, frame: int) -> list[str | None]:
+        """The modules that were running in a frame, outermost first; None stands for the run itself."""
+        modules: list[str | None] = []
+        index: int | None = frame
+        while index is not None:
+            modules.append(self.frames[index].module)
+            index = self.frames[index].parent
+        return modules[::-1]
+
+
+def plain_name(name: str) -> str:
+    """The everyday name of an operation: ``aten.add_.Tensor`` is ``add_``."""
+    parts = name.split(".")
+    return parts[1] if len(parts) == 3 else name

@@ -1,0 +1,478 @@
+"""Runs a model once and writes the value graph down.
+
+Three witnesses watch the run. Module hooks tell which module is running. A torch function mode sees calls at the level
+of ``torch.nn.functional``, where a Linear or a BatchNorm is one call whatever it becomes below, and where tensors turn
+into lists and arrays without any operation. A torch dispatch mode sees every operation below that. Nothing is traced
+symbolically: the model runs as it is, and what the witnesses saw is what happened.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass, replace
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_bnfold.folding.census import Census, LayerKind, own_tensors
+from lit_bnfold.folding.graph import BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph
+
+# Through these, Python gets hold of numbers or of memory without an operation that a dispatch mode could see.
+_ESCAPES = {
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.__deepcopy__,
+    Tensor.__reduce_ex__,
+    Tensor.untyped_storage,
+    Tensor.data_ptr,
+    Tensor.apply_,
+    Tensor.map_,
+    Tensor.data.__set__,  # type: ignore[attr-defined]
+}
+
+_Facts = TypeVar("_Facts", Layer, BatchNorm)
+
+_LAYER_ARGUMENTS = ("input", "weight", "bias")
+_BATCHNORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+class Recorder:
+    """Context manager that records what a model does while it is open.
+
+    While the recorder is open the model carries additional forward hooks; afterwards it is as it was, and what the run
+    wrote into its parameters and buffers is put back. Only the thread that opened the recorder is recorded.
+
+    Args:
+        model: The model of interest. The caller runs it, in whatever way is the real one.
+
+    Raises:
+        FoldingError: If a lazy module of the model has not met its first batch.
+
+    Attributes:
+        graph: What was recorded; complete when the recorder is closed. What the run gave must be dropped before that:
+            whatever is still alive then counts as kept by somebody.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
+        >>> x = torch.randn(4, 3)
+        >>> with torch.no_grad(), Recorder(model) as recorder:
+        ...     _ = model(x)
+        >>> [(call.kind, call.owner) for call in recorder.graph.calls]
+        [('layer', '0'), ('batchnorm', '1')]
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.graph = ValueGraph()
+        self._census = Census(model)
+        self._ledger = _Ledger(self.graph)
+        self._batchnorms = {
+            tensor: module
+            for module in self._census.names
+            if self._census.is_batchnorm(module)
+            for tensor in own_tensors(module).values()
+        }
+        self._by_address: dict[int | None, list[Tensor]] = defaultdict(list)
+        for tensor in self._census.tensors:
+            self._by_address[_address(tensor)].append(tensor)
+        self._thread = threading.get_ident()
+        self._stack: list[tuple[int, nn.Module | None]] = [(0, None)]
+        self.looking_away = False
+        self._before_write: dict[Tensor, Tensor] = {}
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Recorder:
+        for tensor, name in self._census.tensors.items():
+            self._ledger.register(tensor, name)
+        for module, name in self._census.names.items():
+            if self._census.is_batchnorm(module):
+                self.graph.batchnorms[name] = self._census.batchnorm(module)
+        with ExitStack() as stack:
+            stack.callback(self._put_back)
+            for module in self._census.names:
+                if not isinstance(module, torch.jit.ScriptModule):
+                    self._watch(module, stack)
+            stack.enter_context(_FunctionWitness(self))
+            stack.enter_context(_OperationWitness(self))
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+        self._ledger.close()
+
+    @contextmanager
+    def _look_away(self) -> Iterator[None]:
+        """In here happens the recorder's own doing, or the inside of a call that is recorded as a whole."""
+        before, self.looking_away = self.looking_away, True
+        try:
+            yield
+        finally:
+            self.looking_away = before
+
+    # The model's own tensors come out as they went in.
+
+    def _save_before_write(self, tensor: Tensor) -> None:
+        with self._look_away():
+            for own in self._by_address.get(_address(tensor) or -1, ()):
+                if own not in self._before_write:
+                    self._before_write[own] = own.detach().clone()
+
+    def _put_back(self) -> None:
+        with torch.no_grad():
+            for tensor, before in self._before_write.items():
+                tensor.detach().copy_(before)
+        self._before_write.clear()
+
+    # What the module hooks see.
+
+    def _watch(self, module: nn.Module, stack: ExitStack) -> None:
+        hooks = [
+            module.register_forward_pre_hook(self._enter_module, prepend=True, with_kwargs=True),
+            module.register_forward_hook(self._leave_module, with_kwargs=True, always_call=True),
+        ]
+        if module in self._census.hooked:
+            hooks.append(module.register_forward_hook(self._show_to_hooks, prepend=True))
+        for hook in hooks:
+            stack.callback(hook.remove)
+
+    def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        self.graph.frames.append(Frame(self._census.names[module], parent=self._stack[-1][0]))
+        self._stack.append((len(self.graph.frames) - 1, module))
+        if module in self._census.hooked:
+            self._show_to_hooks(module, args, kwargs)
+
+    def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        self._stack.pop()
+        if len(self._stack) == 1:
+            with self._look_away():
+                for tensor in tensors_in(output):
+                    self._ledger.value(tensor).fate = "is returned by the model"
+
+    def _show_to_hooks(self, module: nn.Module, args: Any, other: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self._add_call("opaque", "forward hook", (args, other))
+
+    # What the function mode sees.
+
+    def on_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call of torch's Python interface; record it if it is a layer's, a BatchNorm's or an escape."""
+        module = self._stack[-1][1]
+        if self.looking_away:
+            return function(*args, **kwargs)
+        if module is not None:
+            if function is F.batch_norm and self._census.is_batchnorm(module):
+                return self._run_batchnorm(module, args, kwargs)
+            kind = self._census.kind(module)
+            if kind is not None and function is kind.function:
+                return self._run_layer(module, kind, args, kwargs)
+        if args and isinstance(args[0], Tensor):
+            self._note_python(function, args[0])
+        return function(*args, **kwargs)
+
+    def _run_batchnorm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        given = dict(zip(_BATCHNORM_ARGUMENTS, args, strict=False)) | kwargs
+        facts = self.graph.batchnorms[self._census.names[module]]
+        if given.get("training"):
+            facts = _add_obstacle(facts, "batch-statistics", "it normalised by the batch, as in training")
+            for key in ("running_mean", "running_var"):
+                if given[key] is not None:
+                    self._save_before_write(given[key])
+        elif not _are_own(module, given, ("running_mean", "running_var", "weight", "bias")):
+            facts = _add_obstacle(facts, "computed-weight", "it was called with other tensors than its own")
+        self.graph.batchnorms[self._census.names[module]] = facts
+        return self._run_whole("batchnorm", "batch_norm", F.batch_norm, module, args, kwargs)
+
+    def _run_layer(self, module: nn.Module, kind: LayerKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        name = self._census.names[module]
+        facts = self.graph.layers.get(name) or self._census.layer(module, kind)
+        if not _are_own(module, dict(zip(_LAYER_ARGUMENTS, args, strict=False)) | kwargs, ("weight", "bias")):
+            facts = _add_obstacle(facts, "computed-weight", f"`{name}` was called with other tensors than its own")
+        self.graph.layers[name] = facts
+        return self._run_whole("layer", kind.function.__name__, kind.function, module, args, kwargs)
+
+    def _run_whole(
+        self,
+        kind: Literal["layer", "batchnorm"],
+        name: str,
+        function: Callable[..., Tensor],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Run a function whose inside is of no interest, as one call."""
+        with self._look_away():
+            output = function(*args, **kwargs)
+        self._add_call(kind, name, args, kwargs, output, owner=self._census.names[module])
+        return output
+
+    def _note_python(self, function: Callable[..., Any], tensor: Tensor) -> None:
+        if function in _ESCAPES:
+            self._add_call("opaque", getattr(function, "__name__", "Python code"), (tensor,))
+            self._note_fork((tensor,))
+        elif self._batchnorms.get(tensor, self._stack[-1][1]) is not self._stack[-1][1]:
+            # A glance at the dtype is a reading too: the tensor will be gone from the folded model.
+            self._add_call("opaque", "Python code", (tensor,))
+
+    def _note_fork(self, args: Any) -> None:
+        """A tensor became a Python value: the modules that are running may take another path the next time."""
+        with self._look_away():
+            if all(self._ledger.value(tensor).constant for tensor in tensors_in(args)):
+                return
+        self.graph.forked.update(self.graph.modules_around(self._stack[-1][0]))
+
+    # What the dispatch mode sees.
+
+    def on_operation(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one operation and record it."""
+        written = _written_arguments(operation, args, kwargs)
+        # Some batch norm operations write their statistics without saying so in their schema.
+        for tensor in tensors_in((args, kwargs)) if "batch_norm" in str(operation) else written:
+            self._save_before_write(tensor)
+        output = operation(*args, **kwargs)
+        self._add_call("operation", str(operation), args, kwargs, output, written)
+        if _reveals_numbers(operation, args):
+            self._note_fork((args, kwargs))
+        return output
+
+    def _add_call(
+        self,
+        kind: Literal["layer", "batchnorm", "operation", "opaque"],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        output: Any = None,
+        written: tuple[Tensor, ...] = (),
+        owner: str | None = None,
+    ) -> None:
+        with self._look_away():
+            read = {id(tensor): (tensor, self._ledger.value(tensor)) for tensor in tensors_in((args, kwargs))}
+            refs = {key: Ref(value.index) for key, (_, value) in read.items()}
+            call = Call(
+                index=len(self.graph.calls),
+                kind=kind,
+                name=name,
+                frame=self._stack[-1][0],
+                owner=owner,
+                args=() if kind == "opaque" else _with_refs(args, refs),
+                kwargs=_with_refs(kwargs or {}, refs),
+                inputs=tuple(value.index for _, value in read.values()),
+            )
+            self.graph.calls.append(call)
+            for _, value in read.values():
+                value.users.append(call.index)
+            made = [tensor for tensor in tensors_in(output) if id(tensor) not in read]
+            constant = kind == "operation" and _is_constant(name, [value for _, value in read.values()])
+            outputs = [self._ledger.add(tensor, call.index, constant) for tensor in (*written, *made)]
+            call.outputs = tuple(value.index for value in outputs)
+            for value in outputs[: len(written)]:
+                self.graph.written.setdefault(value.storage, self.graph.where(call))
+
+
+def _add_obstacle(facts: _Facts, code: str, sentence: str) -> _Facts:
+    """The same facts with an obstacle; the first one found stays."""
+    return replace(facts, obstacle=facts.obstacle or (code, sentence))
+
+
+class _FunctionWitness(TorchFunctionMode):
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._recorder.on_function(func, args, kwargs or {})
+
+
+class _OperationWitness(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._recorder.looking_away:
+            return func(*args, **kwargs)
+        # In inference mode compound operations arrive whole; they are taken apart, so that one table serves both modes.
+        if isinstance(func, torch._ops.OpOverload):
+            with self:
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
+        return self._recorder.on_operation(func, args, kwargs)
+
+
+class _Ledger:
+    """Knows which value each living tensor holds, and which values share memory, without keeping a tensor alive."""
+
+    def __init__(self, graph: ValueGraph) -> None:
+        self._graph = graph
+        self._living: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._memory: dict[int | None, list[int]] = {}  # address -> [number of the storage, living tensors on it]
+        self._storages = 0
+
+    def value(self, tensor: Tensor) -> Value:
+        """The value a tensor holds now; a tensor of unknown origin gets a new one."""
+        known = self._living.get(id(tensor))
+        if known is not None:
+            return self._graph.values[known[1]]
+        value = self.add(tensor, maker=None)
+        if self._memory.get(_address(tensor), [0, 0])[1] > 1:
+            self._graph.aliased.setdefault(value.storage, "is also reached through a tensor of unknown origin")
+        return value
+
+    def register(self, tensor: Tensor, name: str) -> None:
+        """Enter a parameter or buffer before the run."""
+        value = self.value(tensor)
+        value.name = name
+
+    def add(self, tensor: Tensor, maker: int | None, constant: bool = False) -> Value:
+        """Give a tensor a new value, made by a call or come from outside."""
+        address = _address(tensor)
+        value = Value(
+            index=len(self._graph.values),
+            shape=tuple(tensor.shape),
+            stride=tuple(tensor.stride()) if tensor.layout is torch.strided else (),
+            dtype=tensor.dtype,
+            storage=self._storage(address),
+            maker=maker,
+            constant=constant,
+            fate="is a tensor whose memory cannot be followed" if address is None else None,
+        )
+        self._graph.values.append(value)
+        self._follow(tensor, value.index, address)
+        return value
+
+    def _storage(self, address: int | None) -> int:
+        if address in self._memory:
+            return self._memory[address][0]
+        self._storages += 1
+        return self._storages
+
+    def _follow(self, tensor: Tensor, index: int, address: int | None) -> None:
+        key = id(tensor)
+        if key in self._living:  # a new version of a tensor that is being followed already
+            self._living[key] = (self._living[key][0], index)
+            return
+        if address:
+            self._memory.setdefault(address, [self._graph.values[index].storage, 0])[1] += 1
+        self._living[key] = (weakref.ref(tensor, lambda _: self._forget(key, address)), index)
+
+    def _forget(self, key: int, address: int | None) -> None:
+        self._living.pop(key, None)
+        if address in self._memory:
+            self._memory[address][1] -= 1
+            if self._memory[address][1] == 0:
+                del self._memory[address]
+
+    def close(self) -> None:
+        """Note which values outlived the run, and follow no tensor any longer."""
+        if any(self._survivors()):
+            gc.collect()  # A survivor may only be waiting for the garbage collector.
+        for value in self._survivors():
+            value.fate = value.fate or "is still held by somebody after the run"
+        self._living.clear()
+        self._memory.clear()
+
+    def _survivors(self) -> Iterator[Value]:
+        for ref, index in list(self._living.values()):
+            if ref() is not None and self._graph.values[index].maker is not None:
+                yield self._graph.values[index]
+
+
+def tensors_in(tree: Any, _seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Find the tensors in nested containers, dataclasses and plain objects, each occurrence once per container.
+
+    Args:
+        tree: Anything.
+
+    Yields:
+        The tensors, of any shape.
+
+    Example:
+        >>> [t.item() for t in tensors_in({"a": torch.tensor(1), "b": [torch.tensor(2), "no tensor"]})]
+        [1, 2]
+    """
+    seen = set() if _seen is None else _seen
+    if isinstance(tree, Tensor):
+        yield tree
+        return
+    if tree is None or isinstance(tree, (str, bytes, int, float, complex, type, nn.Module)) or id(tree) in seen:
+        return
+    seen.add(id(tree))
+    if isinstance(tree, dict):
+        branches: Any = tree.values()
+    elif isinstance(tree, (list, tuple, set, frozenset)):
+        branches = tree
+    elif is_dataclass(tree):
+        branches = [getattr(tree, field.name, None) for field in fields(tree)]
+    else:
+        branches = list(getattr(tree, "__dict__", {}).values())
+    for branch in branches:
+        yield from tensors_in(branch, seen)
+
+
+def _with_refs(tree: Any, refs: dict[int, Ref]) -> Any:
+    """The same nesting of arguments with a ``Ref`` for each tensor."""
+    if isinstance(tree, Tensor):
+        return refs[id(tree)]
+    if isinstance(tree, (list, tuple)):
+        return tuple(_with_refs(branch, refs) for branch in tree)
+    if isinstance(tree, dict):
+        return {key: _with_refs(branch, refs) for key, branch in tree.items()}
+    return tree
+
+
+def _written_arguments(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    schema = getattr(operation, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return ()
+    written: list[Tensor] = []
+    for position, argument in enumerate(schema.arguments):
+        if argument.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            written.extend(tensors_in(given))
+    return tuple(written)
+
+
+def _reveals_numbers(operation: Any, args: tuple[Any, ...]) -> bool:
+    """Whether what an operation gives tells Python something of the numbers in its tensors, be it by a shape."""
+    tags = getattr(operation, "tags", ())
+    if operation in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+        return any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(args[1]))
+    return torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+
+
+def _is_constant(name: str, inputs: list[Value]) -> bool:
+    return all(value.constant for value in inputs) and "rand" not in name and "bernoulli" not in name
+
+
+def _are_own(module: nn.Module, given: dict[str, Any], keys: tuple[str, ...]) -> bool:
+    own = {**module._parameters, **module._buffers}
+    return all(given.get(key) is own.get(key) for key in keys)
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Where a tensor's storage lies in memory; 0 for an empty one, None where torch does not tell."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return None

@@ -1,0 +1,423 @@
+"""The operations that let a per-channel affine map pass, and where the channels are on their other side.
+
+A BatchNorm maps channel ``c`` of a value by ``scale[c] * x + shift[c]``. ``Channels`` says which elements of a value
+belong to which channel. Every operation in the table moves, drops, joins or averages elements in such a way that
+mapping its inputs and mapping its outputs is the same thing. Each rule works both ways: ``up`` tells what a map of an
+output asks of the inputs, ``down`` what a map of the inputs does to the outputs. A plan walks up and checks itself on
+the way down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_bnfold.folding.graph import Call, Ref, ValueGraph
+
+UNTOUCHED = -1
+"""The label of elements that no map reaches."""
+
+# A view may mix the channels with so many other elements that following each of them is not worth its memory.
+_MOST_LABELS = 2**22
+
+
+class NotTransparent(Exception):  # noqa: N818 (an answer, not an error)
+    """An operation does not let a map pass; the argument is a reason to put behind the operation's name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """Which elements of a value are mapped by which channel of a BatchNorm.
+
+    Attributes:
+        labels: The channel of each element, -1 for elements that are not mapped. It has the rank of the value and size
+            1 along every axis on which nothing depends, so (1, C, 1, 1) stands for channels on axis 1 of an image.
+        shift: The share of the shift that this value takes: at ``a + b`` both sides are scaled, and one is shifted.
+    """
+
+    labels: Tensor
+    shift: float = 1.0
+
+    @staticmethod
+    def along(axis: int, size: int, rank: int) -> Channels:
+        """Channels 0 to ``size - 1`` along one axis of a value with ``rank`` axes."""
+        shape = [1] * rank
+        shape[axis] = size
+        return Channels(torch.arange(size).view(shape))
+
+    @property
+    def touches(self) -> bool:
+        """Whether any element is mapped at all."""
+        return bool((self.labels != UNTOUCHED).any())
+
+    def same_as(self, other: Channels) -> bool:
+        """Whether both map the same elements in the same way."""
+        return self.shift == other.shift and torch.equal(self.labels, other.labels)
+
+    def with_labels(self, labels: Tensor) -> Channels:
+        """The same share of the shift on other elements."""
+        return replace(self, labels=_compact(labels))
+
+    def merged_with(self, other: Channels) -> Channels:
+        """Both maps at once.
+
+        Raises:
+            NotTransparent: If they disagree on an element.
+        """
+        if self.shift != other.shift:
+            raise NotTransparent("is asked for two different maps")
+        ours, theirs = torch.broadcast_tensors(self.labels, other.labels)
+        if bool(((ours != theirs) & (ours != UNTOUCHED) & (theirs != UNTOUCHED)).any()):
+            raise NotTransparent("is asked for two different maps")
+        return self.with_labels(torch.where(ours == UNTOUCHED, theirs, ours))
+
+    def along_axis(self, axis: int, size: int) -> tuple[int, ...] | None:
+        """The channel of each position of one axis; None if something depends on another axis too."""
+        labels = self.labels.movedim(axis, -1)
+        if labels.numel() != labels.shape[-1]:
+            return None
+        return tuple(labels.reshape(-1).expand(size).tolist())
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a map passes one operation.
+
+    Attributes:
+        up: From the map of one output (given with its position) to the maps of the inputs, as (value index, map).
+        down: From the maps of the inputs (by value index, missing where there is none) to those of the outputs.
+    """
+
+    up: Callable[[ValueGraph, Call, int, Channels], list[tuple[int, Channels]]]
+    down: Callable[[ValueGraph, Call, dict[int, Channels]], list[Channels]]
+
+
+def _compact(labels: Tensor) -> Tensor:
+    """Shrink to size 1 every axis on which nothing depends, so that equal maps have equal labels."""
+    for axis in range(labels.dim()):
+        first = labels.narrow(axis, 0, 1)
+        if labels.shape[axis] > 1 and bool((labels == first).all()):
+            labels = first
+    return labels
+
+
+# One input, one output, every element of the output is one of the input's: a movement of the labels both ways.
+
+_Move = Callable[[ValueGraph, Call, Tensor], Tensor]
+
+
+def _moving(up: _Move, down: _Move) -> Rule:
+    def move_up(graph: ValueGraph, call: Call, output: int, channels: Channels) -> list[tuple[int, Channels]]:
+        return [(call.inputs[0], channels.with_labels(up(graph, call, channels.labels)))]
+
+    def move_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list[Channels]:
+        channels = maps[call.inputs[0]]
+        return [channels.with_labels(down(graph, call, channels.labels))]
+
+    return Rule(move_up, move_down)
+
+
+def _argument(call: Call, position: int, name: str, default: Any = None) -> Any:
+    return call.args[position] if position < len(call.args) else call.kwargs.get(name, default)
+
+
+def _shapes(graph: ValueGraph, call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return graph.values[call.inputs[0]].shape, graph.values[call.outputs[0]].shape
+
+
+def _permutation(graph: ValueGraph, call: Call) -> list[int]:
+    rank = len(graph.values[call.inputs[0]].shape)
+    order = list(range(rank))
+    if call.name == "aten.permute.default":
+        return [axis % rank for axis in _argument(call, 1, "dims")]
+    if call.name == "aten.t.default":
+        return order[::-1]
+    first, second = _argument(call, 1, "dim0"), _argument(call, 2, "dim1")
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
+def _unpermute(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    order = _permutation(graph, call)
+    return labels.permute([order.index(axis) for axis in range(len(order))])
+
+
+def _view_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    before, after = _shapes(graph, call)
+    moved = _reshape_labels(labels, before, after)
+    _check_batch_axis(labels, before, moved)
+    return moved
+
+
+def _view_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    before, after = _shapes(graph, call)
+    moved = _compact(_reshape_labels(labels, after, before))
+    _check_batch_axis(moved, before, labels)
+    return moved
+
+
+def _reshape_labels(labels: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
+    """Move labels through a reshape, expanding them only within the axes that are split or joined."""
+    expanded, reshaped = list(labels.shape), [1] * len(after)
+    for old_axes, new_axes in _corresponding_axes(before, after):
+        if any(labels.shape[axis] > 1 for axis in old_axes):
+            for axis in old_axes:
+                expanded[axis] = before[axis]
+            for axis in new_axes:
+                reshaped[axis] = after[axis]
+    if math.prod(expanded) > _MOST_LABELS:
+        raise NotTransparent("mixes the channels with too many other elements")
+    return _compact(labels.expand(expanded).reshape(reshaped))
+
+
+def _corresponding_axes(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Smallest groups of axes that a reshape turns into each other; axes of size 1 belong to none."""
+    if math.prod(before) == 0:
+        raise NotTransparent("was seen without any elements")
+    old = [axis for axis, size in enumerate(before) if size > 1]
+    new = [axis for axis, size in enumerate(after) if size > 1]
+    groups = []
+    while old:
+        old_axes, new_axes = [old.pop(0)], [new.pop(0)]
+        while (left := math.prod(before[a] for a in old_axes)) != (right := math.prod(after[a] for a in new_axes)):
+            if left < right:
+                old_axes.append(old.pop(0))
+            else:
+                new_axes.append(new.pop(0))
+        groups.append((old_axes, new_axes))
+    return groups
+
+
+def _check_batch_axis(labels: Tensor, before: tuple[int, ...], moved: Tensor) -> None:
+    """Refuse a reshape that puts the channels first where axes of size 1 stood before them.
+
+    With one example in the batch, ``view(C, -1)`` looks like a harmless removal of the batch axis; with two it mixes
+    the examples with the channels. Only a larger batch could tell the two apart.
+    """
+    axis, moved_axis = _first_axis(labels), _first_axis(moved)
+    if axis is not None and axis > 0 and moved_axis == 0 and math.prod(before[:axis]) == 1:
+        raise NotTransparent("removes an axis of size 1: a batch of at least 2 examples would show what it really does")
+
+
+def _first_axis(labels: Tensor) -> int | None:
+    return next((axis for axis, size in enumerate(labels.shape) if size > 1), None)
+
+
+def _squeeze_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    # Squeezing and unsqueezing only remove and insert axes of size 1; labels have that size there as well.
+    before, after = _shapes(graph, call)
+    return labels.reshape(_with_ones(before, labels, after))
+
+
+def _squeeze_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    before, after = _shapes(graph, call)
+    return labels.reshape(_with_ones(after, labels, before))
+
+
+def _with_ones(shape: tuple[int, ...], labels: Tensor, labelled: tuple[int, ...]) -> list[int]:
+    sizes = [size for size, full in zip(labels.shape, labelled, strict=True) if full > 1]
+    return [1 if full == 1 else sizes.pop(0) for full in shape]
+
+
+def _same(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    return labels
+
+
+def _cast(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    for index in (*call.inputs[:1], *call.outputs):
+        if not graph.values[index].dtype.is_floating_point:
+            raise NotTransparent("turns into numbers that cannot be scaled")
+    return labels
+
+
+# One axis, some positions of it: slices, selections, splits.
+
+
+def _axis_picked(graph: ValueGraph, call: Call) -> int:
+    position = 2 if call.name.startswith("aten.split") else 1
+    axis: int = _argument(call, position, "dim", 0)
+    return axis % len(graph.values[call.inputs[0]].shape)
+
+
+def _positions_picked(graph: ValueGraph, call: Call, output: int) -> Tensor:
+    axis = _axis_picked(graph, call)
+    every = torch.arange(graph.values[call.inputs[0]].shape[axis])
+    if call.name == "aten.select.int":
+        return every[_argument(call, 2, "index")].reshape(1)
+    if call.name == "aten.unbind.int":
+        return every[output].reshape(1)
+    if call.name == "aten.slice.Tensor":
+        return every[slice(_argument(call, 2, "start"), _argument(call, 3, "end"), _argument(call, 4, "step", 1))]
+    return every.split([graph.values[index].shape[axis] for index in call.outputs])[output]
+
+
+def _removes_axis(call: Call) -> bool:
+    return call.name in ("aten.select.int", "aten.unbind.int")
+
+
+def _is_only_reader(graph: ValueGraph, call: Call, output: int) -> bool:
+    others = [index for position, index in enumerate(call.outputs) if position != output]
+    return len(graph.values[call.inputs[0]].users) == 1 and not any(graph.values[index].users for index in others)
+
+
+def _pick_up(graph: ValueGraph, call: Call, output: int, channels: Channels) -> list[tuple[int, Channels]]:
+    axis = _axis_picked(graph, call)
+    labels = channels.labels.unsqueeze(axis) if _removes_axis(call) else channels.labels
+    # Where nothing else is read, mapping the positions that were not picked as well changes nothing and asks for less.
+    if labels.shape[axis] > 1 or not _is_only_reader(graph, call, output):
+        shape = list(labels.shape)
+        shape[axis] = graph.values[call.inputs[0]].shape[axis]
+        positions = _positions_picked(graph, call, output)
+        source = labels.expand(*shape[:axis], len(positions), *shape[axis + 1 :])
+        labels = torch.full(shape, UNTOUCHED).index_copy(axis, positions, source)
+    return [(call.inputs[0], channels.with_labels(labels))]
+
+
+def _pick_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list[Channels]:
+    channels, axis, picked = maps[call.inputs[0]], _axis_picked(graph, call), []
+    for output in range(len(call.outputs)):
+        labels = channels.labels
+        if labels.shape[axis] > 1:
+            labels = labels.index_select(axis, _positions_picked(graph, call, output))
+        elif _removes_axis(call):
+            labels = labels.narrow(axis, 0, 1)
+        picked.append(channels.with_labels(labels.squeeze(axis) if _removes_axis(call) else labels))
+    return picked
+
+
+# Several inputs.
+
+
+def _joined(call: Call) -> list[int]:
+    return [ref.value for ref in call.args[0] if isinstance(ref, Ref)]
+
+
+def _axis_joined(graph: ValueGraph, call: Call) -> int:
+    axis: int = _argument(call, 1, "dim", 0)
+    return axis % len(graph.values[call.outputs[0]].shape)
+
+
+def _join_up(graph: ValueGraph, call: Call, output: int, channels: Channels) -> list[tuple[int, Channels]]:
+    axis, parts, start = _axis_joined(graph, call), [], 0
+    stacks = call.name == "aten.stack.default"
+    for index in _joined(call):
+        size = 1 if stacks else graph.values[index].shape[axis]
+        labels = channels.labels if channels.labels.shape[axis] == 1 else channels.labels.narrow(axis, start, size)
+        part = channels.with_labels(labels.squeeze(axis) if stacks else labels)
+        if part.touches:
+            parts.append((index, part))
+        start += size
+    return parts
+
+
+def _join_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list[Channels]:
+    axis = _axis_joined(graph, call)
+    stacks = call.name == "aten.stack.default"
+    if len({channels.shift for channels in maps.values()}) > 1:
+        raise NotTransparent("joins two different maps")
+    parts = []
+    for index in _joined(call):
+        rank = len(graph.values[call.outputs[0]].shape)
+        labels = maps[index].labels if index in maps else torch.full([1] * (rank - stacks), UNTOUCHED)
+        labels = labels.unsqueeze(axis) if stacks else labels
+        sizes = [-1] * rank
+        sizes[axis] = 1 if stacks else graph.values[index].shape[axis]
+        parts.append(labels.expand(sizes))
+    # Away from the joined axis the labels may differ in how far they are expanded.
+    shape = [max(sizes) for sizes in zip(*(part.shape for part in parts), strict=True)]
+    aligned = [part.expand(*shape[:axis], part.shape[axis], *shape[axis + 1 :]) for part in parts]
+    return [next(iter(maps.values())).with_labels(torch.cat(aligned, axis))]
+
+
+def _terms(graph: ValueGraph, call: Call) -> list[int]:
+    terms = [argument.value for argument in call.args[:2] if isinstance(argument, Ref)]
+    if len(terms) != 2 or terms[0] == terms[1]:
+        raise NotTransparent("adds something else than two different tensors")
+    if any(graph.values[index].shape != graph.values[call.outputs[0]].shape for index in terms):
+        raise NotTransparent("adds tensors of different shapes")
+    return terms
+
+
+def _add_up(graph: ValueGraph, call: Call, output: int, channels: Channels) -> list[tuple[int, Channels]]:
+    first, second = _terms(graph, call)
+    return [(first, channels), (second, replace(channels, shift=0.0))]
+
+
+def _add_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list[Channels]:
+    first, second = (maps.get(index) for index in _terms(graph, call))
+    if first is None or second is None or not torch.equal(first.labels, second.labels):
+        raise NotTransparent("adds something that is not scaled in the same way")
+    factor = -1.0 if call.name.startswith("aten.sub") else 1.0
+    factor *= _argument(call, 2, "alpha", 1)
+    return [replace(first, shift=first.shift + factor * second.shift)]
+
+
+# Averages over axes without channels.
+
+
+def _axes_averaged(graph: ValueGraph, call: Call) -> list[int]:
+    rank = len(graph.values[call.inputs[0]].shape)
+    axes = _argument(call, 1, "dim")
+    return [axis % rank for axis in axes] if axes else list(range(rank))
+
+
+def _mean_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    if not _argument(call, 2, "keepdim", False):
+        for axis in sorted(_axes_averaged(graph, call)):
+            labels = labels.unsqueeze(axis)
+    return _unless_mixed(labels, _axes_averaged(graph, call))
+
+
+def _mean_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    axes = _axes_averaged(graph, call)
+    labels = _unless_mixed(labels, axes)
+    return labels if _argument(call, 2, "keepdim", False) else labels.squeeze(axes)
+
+
+def _unless_mixed(labels: Tensor, axes: list[int]) -> Tensor:
+    if any(labels.shape[axis] > 1 for axis in axes):
+        raise NotTransparent("averages over the channels")
+    return labels
+
+
+_IDENTITY = _moving(_same, _same)
+_VIEW = _moving(_view_up, _view_down)
+_PERMUTE = _moving(_unpermute, lambda graph, call, labels: labels.permute(_permutation(graph, call)))
+_SQUEEZE = _moving(_squeeze_up, _squeeze_down)
+_PICK = Rule(_pick_up, _pick_down)
+_JOIN = Rule(_join_up, _join_down)
+_ADD = Rule(_add_up, _add_down)
+
+RULES: dict[str, Rule] = {
+    "aten.alias.default": _IDENTITY,
+    "aten.clone.default": _IDENTITY,
+    "aten.detach.default": _IDENTITY,
+    "aten.lift_fresh.default": _IDENTITY,
+    "aten._to_copy.default": _moving(_cast, _cast),
+    "aten.view.default": _VIEW,
+    "aten._unsafe_view.default": _VIEW,
+    "aten._reshape_alias.default": _VIEW,
+    "aten.permute.default": _PERMUTE,
+    "aten.t.default": _PERMUTE,
+    "aten.transpose.int": _PERMUTE,
+    "aten.squeeze.default": _SQUEEZE,
+    "aten.squeeze.dim": _SQUEEZE,
+    "aten.squeeze.dims": _SQUEEZE,
+    "aten.unsqueeze.default": _SQUEEZE,
+    "aten.select.int": _PICK,
+    "aten.slice.Tensor": _PICK,
+    "aten.split.Tensor": _PICK,
+    "aten.split_with_sizes.default": _PICK,
+    "aten.unbind.int": _PICK,
+    "aten.cat.default": _JOIN,
+    "aten.stack.default": _JOIN,
+    "aten.add.Tensor": _ADD,
+    "aten.sub.Tensor": _ADD,
+    "aten.mean.dim": _moving(_mean_up, _mean_down),
+}
+"""The table: the name of each transparent operation, with its rule."""
