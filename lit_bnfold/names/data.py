@@ -1,0 +1,385 @@
+"""Words in, batches of contexts and next characters out: the notebook's data set, for any file of words."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import ceil, isclose
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+# The character that ends a word and fills the context before its first letter. Its index is 0.
+END = "."
+
+# Number of indices that one call draws for training, 2,048 batches of 32, so that the call costs a step nothing.
+DRAW = 65_536
+
+# Contexts (B, block_size) and the characters that follow them (B,), both int64.
+Batch = tuple[Tensor, Tensor]
+
+
+def bundled_words() -> Path:
+    """Return the path of names.txt: beside this module in an installed package, at the top level in a checkout."""
+    installed = Path(__file__).with_name("names.txt")
+    return installed if installed.exists() else Path(__file__).parents[2] / "names.txt"
+
+
+def read_words(path: Path) -> list[str]:
+    r"""Read a UTF-8 file with one word per line; a byte order mark, CRLF and blank lines at the end do not matter.
+
+    Args:
+        path: The words file.
+
+    Returns:
+        The words in the order of the file, none of them empty.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+        ValueError: If it is no file, is not UTF-8, holds no word or an empty line, or a word contains `END`.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"Expected a words file at {path}, found nothing; give the path of a text file.")
+    if not path.is_file():
+        raise ValueError(f"Expected a words file at {path}, found a directory; give the path of a text file.")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = len(error.object[: error.start + 1].splitlines())
+        byte = error.object[error.start]
+        raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8.") from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
+    if not text:
+        raise ValueError(f"{path}, line 1: expected a word, found an empty file; write one word per line.")
+    words = text.split("\n")
+    if "" in words:
+        raise ValueError(f"{path}, line {words.index('') + 1}: expected a word, found an empty line; remove the line.")
+    if END in text:
+        line = text.count("\n", 0, text.index(END)) + 1
+        raise ValueError(f"{path}, line {line}: {words[line - 1]!r} contains {END!r}, which ends a word; remove it.")
+    return words
+
+
+def encode_words(words: list[str], stoi: dict[str, int], block_size: int) -> Tensor:
+    """Write words down as one stream of character indices, with `block_size` end marks before, between and after.
+
+    Every window of `block_size + 1` indices whose last one is a letter, or the first end mark after a letter, is then
+    an example: a context and the character that follows.
+
+    Args:
+        words: The words, none of them empty.
+        stoi: The index of every character in them.
+        block_size: Number of characters of a context.
+
+    Returns:
+        The stream (M,), uint8 where the alphabet fits, int32 where it does not.
+
+    Example:
+        >>> encode_words(["ab", "b"], {".": 0, "a": 1, "b": 2}, block_size=2).tolist()
+        [0, 0, 1, 2, 0, 0, 2, 0, 0]
+    """
+    padding = END * block_size
+    text = padding + padding.join(words) + padding
+    # UTF-32 gives every character four bytes in native order, after a mark of four bytes that says which order it is.
+    codes = torch.frombuffer(bytearray(text, "utf-32"), dtype=torch.int32, offset=4)  # (M,)
+    lookup = torch.zeros(ord(max(stoi)) + 1, dtype=torch.uint8 if len(stoi) <= 256 else torch.int32)
+    lookup[[ord(character) for character in stoi]] = torch.tensor(list(stoi.values()), dtype=lookup.dtype)
+    return lookup[codes]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """The examples of one split, as windows over a stream that all splits share.
+
+    Args:
+        windows: Every window of the stream (M - block_size, block_size + 1), a view that takes no memory of its own.
+        starts: The windows that are examples of this split (N,).
+    """
+
+    windows: Tensor
+    starts: Tensor
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: Tensor | slice) -> Batch:
+        """Return the contexts (B, block_size) and the next characters (B,) of B examples, both int64."""
+        window = self.windows[self.starts[index]].long()  # (B, block_size + 1)
+        return window[:, :-1], window[:, -1]
+
+
+class RandomBatches:
+    """Training batches, drawn with replacement from an endless stream.
+
+    Batch number n of the stream depends on the seed and on n alone. A run that goes on after n batches therefore sees
+    what it would have seen, whatever stopped it, and nothing about it needs to be saved. Of several processes, each
+    takes every `world_size`-th batch.
+
+    It is a plain iterable, as there is nothing to collate and nothing for workers to do. Lightning leaves it as it is.
+
+    Args:
+        examples: The examples to draw from.
+        batch_size: Examples in a batch of one process.
+        seed: Seed of the stream.
+        rank: Number of this process.
+        world_size: Number of processes.
+        batches_done: Returns the number of batches that this process has trained on. It is asked when the first batch
+            of an epoch is drawn; the default starts every epoch at the beginning of the stream.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        batches_done: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.examples = examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.batches_done = batches_done
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch of one process."""
+        return ceil(len(self.examples) / (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        # As a generator this runs at the first draw. Lightning asks for the iterator earlier than that, before it has
+        # put its progress in order.
+        first = self.batches_done()
+        rows = ceil(DRAW / self.batch_size)
+        drawn = None
+        for step in range(first, first + len(self)):
+            block, row = divmod(step * self.world_size + self.rank, rows)
+            if drawn != block:
+                indices, drawn = self._draw(block, rows), block
+            yield self.examples[indices[row]]
+
+    def _draw(self, block: int, rows: int) -> Tensor:
+        """Return the indices (rows, batch_size) of one block of batches."""
+        # The sum of seed and block would give one seed the batches of the next. Python hashes a text, and torch's
+        # generator takes 32 bits.
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed}, {block}").getrandbits(32))
+        return torch.randint(len(self.examples), (rows, self.batch_size), generator=generator)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what decides, besides the trainer's count of batches, which ones come next.
+
+        Lightning takes a loader that has a state for one that can be resumed in the middle of an epoch.
+        """
+        return {
+            "seed": self.seed,
+            "examples": len(self.examples),
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Warn if a resumed run will not see the batches that it would have seen without the stop."""
+        if state_dict != self.state_dict():
+            rank_zero_warn(
+                f"The resumed run drew its batches with {state_dict} and goes on with {self.state_dict()}, so it will "
+                "not end where it would have ended without the stop; pass the old values if it should."
+            )
+
+
+class SequentialBatches:
+    """Every example of a split once, in a few large batches of nearly equal size.
+
+    Of several processes, each takes every `world_size`-th example. No example is repeated to fill a batch, and all
+    processes have the same number of batches, as their collective operations need.
+
+    Args:
+        examples: The examples.
+        batch_size: Examples in a batch of one process; with several processes it can be one more.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, examples: Examples, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.examples = examples
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        """Return the number of batches of one process."""
+        # Counted for the process with the fewest examples, so that none has an empty batch.
+        return ceil(len(self.examples) // self.world_size / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index in torch.arange(self.rank, len(self.examples), self.world_size).tensor_split(len(self)):
+            yield self.examples[index]
+
+
+class NamesDataModule(LightningDataModule):
+    """Words as examples of a context of characters and the character that follows, split as in the notebook.
+
+    Training draws its batches with replacement; an epoch is as many batches as the training split fills. A run that
+    is resumed from a checkpoint, wherever it was stopped, sees the batches it would have seen without the stop.
+
+    Args:
+        words: Path of a UTF-8 file with one word per line; None takes the bundled names.txt, 32,033 names.
+        block_size: Number of characters of a context.
+        batch_size: Examples in a training batch of one process.
+        seed: Seed of the shuffle before the split, and of the training batches.
+        fractions: Parts of the words for training, validation and test, each above 0; their sum is 1.
+        eval_batch_size: Examples in a validation or test batch of one process.
+
+    Raises:
+        TypeError: If a size or the seed is not an int.
+        ValueError: If a size is below 1, or the fractions are not parts of a whole.
+
+    Example:
+        >>> data = NamesDataModule()
+        >>> data.vocab_size
+        27
+        >>> {name: len(examples) for name, examples in data.splits.items()}
+        {'train': 182625, 'val': 22655, 'test': 22866}
+        >>> contexts, targets = next(iter(data.train_dataloader()))
+        >>> contexts.shape, targets.shape
+        (torch.Size([32, 3]), torch.Size([32]))
+    """
+
+    def __init__(
+        self,
+        words: str | None = None,
+        block_size: int = 3,
+        batch_size: int = 32,
+        seed: int = 42,
+        fractions: Sequence[float] = (0.8, 0.1, 0.1),
+        eval_batch_size: int = 8192,
+    ) -> None:
+        super().__init__()
+        sizes = {"block_size": block_size, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        for name, value in {**sizes, "seed": seed}.items():
+            if not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {value!r}; pass a whole number.")
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}; pass a positive number.")
+        # A list, because a tuple makes a hparams.yaml that only Python can read.
+        fractions = list(fractions)
+        if len(fractions) != 3 or min(fractions) <= 0 or not isclose(sum(fractions), 1):
+            raise ValueError(
+                f"fractions: expected three parts above 0 that sum to 1, got {fractions}; try 0.8, 0.1, 0.1."
+            )
+        self.save_hyperparameters()
+        self.path = Path(words) if words is not None else bundled_words()
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        self.fractions = fractions
+
+    @cached_property
+    def _words(self) -> list[str]:
+        return read_words(self.path)
+
+    @cached_property
+    def stoi(self) -> dict[str, int]:
+        """The index of every character: `END` is 0, the others follow sorted. The file is read when this is asked."""
+        return {character: index for index, character in enumerate([END, *sorted(set("".join(self._words)))])}
+
+    @property
+    def itos(self) -> dict[int, str]:
+        """The character of every index."""
+        return {index: character for character, index in self.stoi.items()}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of characters, `END` included."""
+        return len(self.stoi)
+
+    @cached_property
+    def splits(self) -> dict[str, Examples]:
+        """The examples of the splits "train", "val" and "test"; asking for them builds them.
+
+        Raises:
+            ValueError: If there are too few words for every split to have one.
+        """
+        words = self._words.copy()
+        random.Random(self.seed).shuffle(words)
+        train, val, _ = self.fractions
+        # The notebook cuts at 0.8 and 0.9. The rounding makes a sum of fractions the number that one would write down.
+        cuts = [0, int(train * len(words)), int(round(train + val, 9) * len(words)), len(words)]
+        # A word of n letters makes n + 1 examples.
+        sizes = [sum(map(len, words[first:last])) + last - first for first, last in pairwise(cuts)]
+        if 0 in sizes:
+            raise ValueError(
+                f"{self.path}: expected words for every split, got {len(words)} words, of which the fractions "
+                f"{self.fractions} leave one split none; add words or change the fractions."
+            )
+        stream = encode_words(words, self.stoi, self.block_size)  # (M,)
+        letter = stream[self.block_size - 1 :] != 0  # (M - block_size + 1,)
+        starts = (letter[1:] | letter[:-1]).nonzero().flatten()  # (N,)
+        if len(stream) < 2**31:
+            starts = starts.int()
+        windows = stream.unfold(0, self.block_size + 1, 1)  # (M - block_size, block_size + 1)
+        parts = (Examples(windows, part) for part in torch.split(starts, sizes))
+        return dict(zip(("train", "val", "test"), parts, strict=True))
+
+    def prepare_data(self) -> None:
+        """Read the words, so that a bad file is reported before anything else starts."""
+        _ = self.stoi
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the splits, which are the same for every stage."""
+        _ = self.splits
+
+    def train_dataloader(self) -> RandomBatches:
+        """Return batches drawn with replacement, from where the trainer's run stands."""
+        return RandomBatches(
+            self.splits["train"], self.batch_size, self.seed, *self._process(), batches_done=self._batches_done
+        )
+
+    def val_dataloader(self) -> SequentialBatches:
+        """Return every validation example once."""
+        return SequentialBatches(self.splits["val"], self.eval_batch_size, *self._process())
+
+    def test_dataloader(self) -> SequentialBatches:
+        """Return every test example once."""
+        return SequentialBatches(self.splits["test"], self.eval_batch_size, *self._process())
+
+    def _process(self) -> tuple[int, int]:
+        """Return the rank of this process and the number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _batches_done(self) -> int:
+        """Return the number of training batches that the run has behind it."""
+        if self.trainer is None:
+            return 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        # Overfitting means the same batches in every epoch, so there only the place within the epoch counts.
+        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return progress.current.ready
+        # A batch is processed once the optimizer has used it. Lightning's other counters, and a count of the batches
+        # that were drawn, would include one that an exception interrupted.
+        return progress.total.processed  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the vocabulary, because a checkpoint's weights mean nothing with another one."""
+        return {"vocabulary": "".join(self.stoi)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the vocabulary of a checkpoint with that of the words.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        expected, got = set(state_dict["vocabulary"]), set(self.stoi)
+        if expected != got:
+            raise ValueError(
+                f"{self.path}: expected the {len(expected)} characters of the checkpoint, got {len(got)} (missing "
+                f"{sorted(expected - got)}, new {sorted(got - expected)}); pass the words it was trained on."
+            )
