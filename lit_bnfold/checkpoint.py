@@ -8,13 +8,15 @@ One more key in the state dict is there for whoever loads the file in the ordina
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import nn
 
 from lit_bnfold.folding import FoldingError, FoldingPlan
@@ -68,14 +70,20 @@ def load_folded(model_class: type[_Module], path: str | Path, **kwargs: Any) -> 
         FileNotFoundError: If there is no such file.
         FoldingError: If the checkpoint is not folded, or its plan does not fit the class.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if MANIFEST not in checkpoint:
-        raise FoldingError(f"{path} is not folded; {model_class.__name__}.load_from_checkpoint loads it.")
-    # The module is built by Lightning's own rules. What the ordinary load puts into it is then replaced as a whole.
-    module = model_class.load_from_checkpoint(path, strict=False, **kwargs)
-    if not isinstance(module, FoldedLoading):
-        _take_structure(module, checkpoint)
-        module.load_state_dict(checkpoint["state_dict"])
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"Expected a folded checkpoint at {path}, found no file.")
+
+    # Lightning's own load does everything by its rules and by those of the class; it only meets another structure.
+    def on_load_checkpoint(self: _Module, checkpoint: dict[str, Any]) -> None:
+        if MANIFEST not in checkpoint:
+            raise FoldingError(f"{path} is not folded; {model_class.__name__}.load_from_checkpoint loads it.")
+        super(loading, self).on_load_checkpoint(checkpoint)
+
+    bases = (model_class,) if issubclass(model_class, FoldedLoading) else (FoldedLoading, model_class)
+    own = {"on_load_checkpoint": on_load_checkpoint, "__module__": model_class.__module__}
+    loading: Any = types.new_class(model_class.__name__, bases, exec_body=lambda namespace: namespace.update(own))
+    module: _Module = loading.load_from_checkpoint(path, **kwargs)
+    module.__class__ = model_class
     return module.eval()
 
 
@@ -104,21 +112,26 @@ def whole_file(path: Path, trainer: Trainer) -> Iterator[Path]:
         The path to write to.
     """
     part = path.with_name(f".{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own_io = trainer.strategy.checkpoint_io
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(own_io, AsyncCheckpointIO):
+            # What is written later cannot be renamed now.
+            trainer.strategy.checkpoint_io = TorchCheckpointIO()
         yield part
         if trainer.is_global_zero:
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
             part.replace(path)
     finally:
+        trainer.strategy.checkpoint_io = own_io
         if trainer.is_global_zero:
             part.unlink(missing_ok=True)
 
 
 @contextmanager
 def _manifest_in_checkpoint(pl_module: LightningModule, plan: FoldingPlan) -> Iterator[None]:
-    own = pl_module.on_save_checkpoint
+    own, shadowed = pl_module.on_save_checkpoint, vars(pl_module).get("on_save_checkpoint")
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
         own(checkpoint)
@@ -130,10 +143,12 @@ def _manifest_in_checkpoint(pl_module: LightningModule, plan: FoldingPlan) -> It
         yield
     finally:
         del pl_module.on_save_checkpoint
+        if shadowed is not None:
+            pl_module.on_save_checkpoint = shadowed  # type: ignore[method-assign]
 
 
 def _take_structure(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    if module._trainer is not None and module.trainer.state.fn == "fit":
+    if _is_being_fitted(module):
         raise FoldingError(
             "Training cannot go on from a folded checkpoint: its BatchNorms are gone. Go on from the checkpoint that "
             "was folded."
@@ -142,6 +157,13 @@ def _take_structure(module: LightningModule, checkpoint: dict[str, Any]) -> None
     plan = FoldingPlan.from_dict(checkpoint[MANIFEST])
     if not _is_folded(module, plan):
         fold_structure(plan, module)
+
+
+def _is_being_fitted(module: LightningModule) -> bool:
+    # A module without a Trainer raises when it is asked for it.
+    with suppress(RuntimeError):
+        return bool(module.trainer.state.fn == "fit")
+    return False
 
 
 def _is_folded(module: nn.Module, plan: FoldingPlan) -> bool:

@@ -22,8 +22,6 @@ from lit_bnfold.names.data import (
 from lit_bnfold.names.model import BatchNormMLP
 
 pytestmark = [
-    # Lightning's own call of torch's pytree.
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
     # Resumed runs have no checkpoint callback of their own, or one that writes beside the old one.
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),

@@ -15,8 +15,6 @@ from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 
 pytestmark = [
-    # Lightning's own call of torch's pytree.
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
 ]
 

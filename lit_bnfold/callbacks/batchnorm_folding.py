@@ -1,0 +1,336 @@
+"""The callback: when training ends, fold, validate both versions, compare, and write what was proven."""
+
+from __future__ import annotations
+
+import copy
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lit_bnfold.callbacks.proof import GraphWitness, LayerWitness, Witness, output_error
+from lit_bnfold.callbacks.report import Report, make_report, print_report, scalars, write_report
+from lit_bnfold.callbacks.validation import ValidationRun, run_validation
+from lit_bnfold.checkpoint import save_folded, whole_file
+from lit_bnfold.folding import FoldingError, FoldingPlan
+from lit_bnfold.folding.census import is_batchnorm
+from lit_bnfold.folding.rewrite import copy_model, folded_in_place
+
+_Validate = Callable[[Sequence[Callback]], ValidationRun | None]
+
+# Relative to the largest output: some hundred roundings of each dtype.
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+# On cuda, float32 convolutions and products may be computed with the ten bits of TF32.
+_TF32_TOLERANCE = 1e-2
+
+_SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+
+
+class BatchNormFolding(Callback):
+    """Folds the BatchNorms of a trained module into its layers and proves on its own validation that nothing changed.
+
+    When training ends, the module validates as it is and is watched on the first batch of each loader: that gives the
+    plan. Then it is folded and validates again. Each folded layer is compared with BatchNorm after the unfolded layer
+    on the same inputs, and the outputs of both versions are compared. If they agree, ``folded.ckpt`` and
+    ``folding.json`` are written. Module and Trainer come out as they went in, unless ``replace`` is set.
+
+    Args:
+        weights: Which weights are folded: those of the ``last`` step, or those of the checkpoint callback's ``best``
+            model.
+        tolerance: Largest error of a layer or an output that counts as agreement, in units of the largest output.
+            By default it follows the dtype and the precision: 1e-4 in float32.
+        on_mismatch: What happens if the versions do not agree: ``raise`` a FoldingError, or ``warn`` and keep the
+            unfolded module. Nothing is written in either case.
+        dirpath: Where the files go. By default the logger's directory, or else the trainer's ``default_root_dir``.
+        replace: Whether the trainer's own module is the folded one afterwards.
+
+    Raises:
+        ValueError: If an argument is none of its choices.
+
+    Attributes:
+        plan: What was folded and what stays, after ``fit``; None before.
+        report: What the proof measured, as a plain dict; None before.
+        folded_module: The folded module in eval mode, ready for use; None before, after a mismatch, and for a module
+            that cannot be copied.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> folding = BatchNormFolding(weights="best")
+        >>> trainer = Trainer(callbacks=[folding], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        *,
+        weights: Literal["last", "best"] = "last",
+        tolerance: float | None = None,
+        on_mismatch: Literal["raise", "warn"] = "raise",
+        dirpath: str | None = None,
+        replace: bool = False,
+    ) -> None:
+        for name, value, choices in (
+            ("weights", weights, ("last", "best")),
+            ("on_mismatch", on_mismatch, ("raise", "warn")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {value!r}.")
+        if tolerance is not None and not tolerance > 0:
+            raise ValueError(f"tolerance: expected a number above 0 or None, got {tolerance!r}.")
+        self.weights = weights
+        self.tolerance = tolerance
+        self.on_mismatch = on_mismatch
+        self.dirpath = dirpath
+        self.replace = replace
+        self.plan: FoldingPlan | None = None
+        self.report: Report | None = None
+        self.folded_module: LightningModule | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and go to the end of the line: what the other callbacks do comes first.
+
+        Raises:
+            FoldingError: If the strategy shards the module.
+            NotADirectoryError: If ``dirpath`` is a file.
+        """
+        if stage != "fit":
+            return
+        self.plan = self.report = self.folded_module = None
+        if self.dirpath is not None and Path(self.dirpath).is_file():
+            raise NotADirectoryError(f"dirpath: expected a directory, found a file at {self.dirpath}.")
+        strategy = type(trainer.strategy).__name__
+        if strategy in _SHARDED_STRATEGIES:
+            raise FoldingError(f"BatchNormFolding needs whole weights on every device; {strategy} shards them.")
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say if there is nothing to fold, now that the module has built whatever it builds late."""
+        if not any(is_batchnorm(module) for module in pl_module.modules()):
+            rank_zero_warn(f"BatchNormFolding has nothing to fold: {type(pl_module).__name__} has no BatchNorm.")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fold and prove.
+
+        Raises:
+            FoldingError: If the versions do not agree and ``on_mismatch`` is ``raise``.
+        """
+        directory = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+        with self._chosen_weights(trainer, pl_module) as weights, _as_in_the_first_process(trainer, pl_module):
+            self._fold(trainer, pl_module, partial(run_validation, trainer, pl_module), directory, weights)
+        self._log(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say how to fold what an interrupted training has left."""
+        paths = [getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks]
+        path = next(filter(None, paths), None)
+        if self.plan is None and path is not None:
+            rank_zero_info(
+                f"Nothing was folded. To fold the last checkpoint: lit-bnfold fold --ckpt_path {shlex.quote(path)}\n"
+                f"With a module of your own: BatchNormFolding().fold_checkpoint(trainer, module, {path!r})"
+            )
+
+    def fold_checkpoint(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        ckpt_path: str | Path,
+        datamodule: LightningDataModule | None = None,
+    ) -> None:
+        """Fold a checkpoint that exists, with the same proof and the same files as at the end of a training.
+
+        Args:
+            trainer: A Trainer that is doing nothing else.
+            pl_module: A module of the class that was trained; it gets the checkpoint's weights.
+            ckpt_path: The checkpoint.
+            datamodule: Where the validation data comes from, if not from the module.
+
+        Raises:
+            FoldingError: If the versions do not agree and ``on_mismatch`` is ``raise``.
+        """
+        directory = Path(self.dirpath or Path(ckpt_path).parent)
+        others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        path = str(ckpt_path)
+
+        def validate(callbacks: Sequence[Callback]) -> ValidationRun:
+            nonlocal path
+            trainer.callbacks = [*others, *callbacks]  # type: ignore[attr-defined]
+            try:
+                # Both versions draw the same random numbers.
+                with isolate_rng():
+                    trainer.validate(pl_module, datamodule=datamodule, ckpt_path=path or None, verbose=False)
+            finally:
+                trainer.callbacks = others  # type: ignore[attr-defined]
+            path = ""  # The weights stay in the module for the second run, be they folded then.
+            metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            return ValidationRun(metrics, tuple(int(batches) for batches in trainer.num_val_batches))
+
+        self._fold(trainer, pl_module, validate, directory, f"checkpoint {ckpt_path}")
+
+    def _fold(
+        self, trainer: Trainer, pl_module: LightningModule, validate: _Validate, directory: Path, weights: str
+    ) -> None:
+        """The order of events: validate and watch, plan, fold, validate again, compare, write."""
+        with GraphWitness(pl_module) as original:
+            before = validate([original])
+            no_batch = not original.batches
+            if no_batch:
+                rank_zero_info("There is nothing to validate on: the folded module is proven on one example alone.")
+                self._run_example(trainer, pl_module, original)
+        plan = original.plan()
+        folded = LayerWitness(pl_module, plan)
+        with folded_in_place(plan, pl_module):
+            with folded:
+                after = validate([folded])
+                if no_batch:
+                    self._run_example(trainer, pl_module, folded)
+            layer_errors = [folded.error_of(fold) for fold in plan.folds]
+            outputs = output_error(plan, original, folded)
+            tolerance = self.tolerance or _default_tolerance(trainer, pl_module)
+            self.report = make_report(plan, layer_errors, (before, after), outputs, weights, tolerance)
+            if self.report["mismatch"] is None:
+                self._write(trainer, pl_module, plan, directory)
+        self.plan = plan
+        self._conclude(trainer, pl_module)
+
+    def _run_example(self, trainer: Trainer, pl_module: LightningModule, witness: Witness) -> None:
+        """Without a validation loader: one call of ``forward``, and the agreement of its outputs alone."""
+        example, source = pl_module.example_input_array, "its `example_input_array`"
+        if example is None:
+            source = "a training batch"
+            # Both versions get the same batch, and training's random numbers stay as they were.
+            with isolate_rng():
+                batch, _, _ = next(iter(CombinedLoader(trainer.train_dataloader)))
+            batch = trainer.strategy.batch_to_device(batch)
+            example = batch[0] if isinstance(batch, (list, tuple)) else batch
+        args, kwargs = (example if isinstance(example, tuple) else (example,)), {}
+        if isinstance(example, dict):
+            args, kwargs = (), example
+        witness.batches.append((args, kwargs))
+        flags = {module: module.training for module in pl_module.modules()}
+        pl_module.eval()
+        try:
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                witness.watch()
+                pl_module(*args, **kwargs)
+        except Exception as error:
+            raise FoldingError(
+                f"There is nothing to validate on, and `forward` does not run on {source}: {error}. Set "
+                "`example_input_array`, or give a validation loader."
+            ) from error
+        finally:
+            for module, flag in flags.items():
+                module.training = flag
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, plan: FoldingPlan, directory: Path) -> None:
+        """Write the files while the module is folded, and keep a copy of it."""
+        assert self.report is not None
+        # A `fast_dev_run` leaves no files, and must not replace those of a real one.
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            save_folded(trainer, pl_module, plan, directory / "folded.ckpt")
+            with whole_file(directory / "folding.json", trainer) as part:
+                if trainer.is_global_zero:
+                    write_report(self.report, part)
+        self.folded_module = _copy(pl_module)
+
+    def _conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.report is not None
+        assert self.plan is not None
+        if self.report["mismatch"] is not None:
+            message = f"The folded module does not do what the original does: {self.report['mismatch']}."
+            if self.on_mismatch == "raise":
+                raise FoldingError(message)
+            rank_zero_warn(f"{message} The unfolded module stands; nothing was written.")
+        elif self.replace:
+            self.plan.apply(pl_module, inplace=True)
+            self.folded_module = pl_module
+        if trainer.is_global_zero:
+            print_report(self.report)
+
+    def _log(self, trainer: Trainer) -> None:
+        assert self.report is not None
+        numbers = scalars(self.report)
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step)
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in numbers.items()})
+
+    @contextmanager
+    def _chosen_weights(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[str]:
+        """Put the weights to be folded into the module for a while, and say in words which they are."""
+        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if self.weights == "last" or not path:
+            if self.weights == "best":
+                rank_zero_warn("BatchNormFolding found no best checkpoint; it folds the last weights.")
+            yield "last"
+            return
+        last = copy.deepcopy(pl_module.state_dict())
+        # This very training wrote the file, with whatever objects its module keeps in it.
+        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
+        pl_module.on_load_checkpoint(checkpoint)
+        try:
+            pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+            yield f"best: {path}"
+        finally:
+            if self.folded_module is not pl_module:
+                pl_module.load_state_dict(last, strict=pl_module.strict_loading)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The report, so that checkpoints of a folded run hold it."""
+        return self.report or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the report of an earlier run."""
+        self.report = state_dict or None
+
+
+@contextmanager
+def _as_in_the_first_process(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Give every process the statistics of the first one, whose checkpoint is written, and validate without a wrapper.
+
+    A wrapper such as DDP's would turn each step into a call of the module itself, of which nobody sees the inside.
+    """
+    strategy = trainer.strategy
+    buffers = dict(pl_module.named_buffers()) if trainer.world_size > 1 else {}
+    wrapped, own = strategy.model, {name: buffer.clone() for name, buffer in buffers.items()}
+    first = strategy.broadcast({name: buffer.cpu() for name, buffer in own.items()})
+    try:
+        strategy.model = pl_module
+        _copy_numbers(first, buffers)
+        yield
+    finally:
+        strategy.model = wrapped
+        _copy_numbers(own, buffers)
+
+
+def _copy_numbers(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
+
+
+def _copy(pl_module: LightningModule) -> LightningModule | None:
+    """A copy in eval mode, without the Trainer; None for a module that cannot be copied, such as one with a lock."""
+    trainer, pl_module.trainer = pl_module.trainer, None
+    try:
+        return copy_model(pl_module).eval()
+    except FoldingError as error:
+        rank_zero_warn(f"{error} BatchNormFolding has no folded_module; load_folded makes one of the file.")
+        return None
+    finally:
+        pl_module.trainer = trainer
+
+
+def _default_tolerance(trainer: Trainer, pl_module: LightningModule) -> float:
+    precision = str(trainer.precision)
+    if "16" in precision:
+        return _TOLERANCES[torch.bfloat16 if "bf16" in precision else torch.float16]
+    dtypes = {parameter.dtype for parameter in pl_module.parameters()} & _TOLERANCES.keys()
+    tolerance = max((_TOLERANCES[dtype] for dtype in dtypes), default=_TOLERANCES[torch.float32])
+    return max(tolerance, _TF32_TOLERANCE) if pl_module.device.type == "cuda" and torch.float32 in dtypes else tolerance

@@ -1,0 +1,249 @@
+"""What is measured while a module validates: its value graph, its outputs and each of its folded layers.
+
+The witnesses ride along with a validation run as callbacks and look at the first batch of each validation loader, while
+the module does with its networks whatever its own ``validation_step`` does.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import zip_longest
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lit_bnfold.folding import Fold, FoldingPlan, Part
+from lit_bnfold.folding.census import layer_kind, own_tensors
+from lit_bnfold.folding.plan import make_plan
+from lit_bnfold.folding.record import Recorder, tensors_in
+from lit_bnfold.folding.transparent import UNTOUCHED
+from lit_bnfold.metrics import OutputError
+
+
+class OutermostCall(NamedTuple):
+    """A call of a module that no other module made."""
+
+    module: nn.Module
+    output: Any
+
+
+class Witness(Callback):
+    """Watches a module on the first batch of each validation loader.
+
+    As a context manager it makes sure that nothing is being watched any longer, also after an exception.
+
+    Args:
+        pl_module: The module.
+
+    Attributes:
+        batches: The batches that were watched.
+        calls: The outermost module calls that they led to.
+    """
+
+    def __init__(self, pl_module: LightningModule) -> None:
+        self.pl_module = pl_module
+        self.batches: list[Any] = []
+        self.calls: list[OutermostCall] = []
+        self._watching = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._watching.close()
+
+    def watch(self) -> None:
+        """Begin to watch whatever the module does next in this thread."""
+        self._watching.enter_context(_outermost_calls(self.pl_module, self.calls))
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Begin to watch, if this is the first batch of a loader."""
+        if batch_idx == 0:
+            self.batches.append(batch)
+            self.watch()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop watching."""
+        self._watching.close()
+
+
+class GraphWitness(Witness):
+    """Records what the unfolded module does, for a plan.
+
+    Args:
+        pl_module: The module before it is folded.
+    """
+
+    def __init__(self, pl_module: LightningModule) -> None:
+        super().__init__(pl_module)
+        self._recorder: Recorder | None = None
+
+    def watch(self) -> None:
+        """Begin to watch whatever the module does next in this thread."""
+        # Made late, when the weights are loaded, and before other hooks are there that it would take for the module's.
+        self._recorder = self._recorder or Recorder(self.pl_module)
+        super().watch()
+        self._watching.enter_context(self._recorder)
+
+    def plan(self) -> FoldingPlan:
+        """The plan for what was watched."""
+        assert self._recorder is not None
+        return make_plan(self._recorder.graph)
+
+
+class LayerWitness(Witness):
+    """Compares each folded layer with the BatchNorms applied after the unfolded layer, on the same inputs.
+
+    Args:
+        pl_module: The module before it is folded.
+        plan: The plan by which it is going to be folded.
+
+    Attributes:
+        errors: The error of each layer that takes part in a fold, by name.
+    """
+
+    def __init__(self, pl_module: LightningModule, plan: FoldingPlan) -> None:
+        super().__init__(pl_module)
+        modules = dict(pl_module.named_modules())
+        self._layers = {part.layer: modules[part.layer] for fold in plan.folds for part in fold.parts}
+        self._unfolded = {name: _snapshot(layer) for name, layer in self._layers.items()}
+        self._batchnorms: dict[str, list[tuple[nn.Module, Part]]] = defaultdict(list)
+        for fold in plan.folds:
+            for part in fold.parts:
+                self._batchnorms[part.layer].append((_snapshot(modules[fold.batchnorm]), part))
+        self.errors = {name: OutputError() for name in self._layers}
+
+    def watch(self) -> None:
+        """Begin to watch whatever the module does next in this thread."""
+        super().watch()
+        for name, layer in self._layers.items():
+            self._watching.callback(layer.register_forward_hook(partial(self._compare, name), with_kwargs=True).remove)
+
+    def _compare(self, name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        kind = layer_kind(layer)
+        assert kind is not None
+        expected = self._unfolded[name](*args, **kwargs)
+        for batchnorm, part in self._batchnorms[name]:
+            expected = _normalise(expected, batchnorm, part, kind.channel_axis)
+        self.errors[name].to(output.device).update(output, expected)
+
+    def error_of(self, fold: Fold) -> dict[str, float]:
+        """The largest error of the layers of a fold, infinite if one of them was not called."""
+        if not all(self.errors[layer].update_called for layer in fold.layers):
+            return {"max_abs": math.inf, "max_rel": math.inf}
+        errors = [self.errors[layer].compute() for layer in fold.layers]
+        return {key: max(float(error[key]) for error in errors) for key in ("max_abs", "max_rel")}
+
+
+@contextmanager
+def _outermost_calls(root: nn.Module, calls: list[OutermostCall]) -> Iterator[None]:
+    depth = 0
+
+    def enter(module: nn.Module, args: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        if depth == 0:
+            calls.append(OutermostCall(module, output))
+
+    with ExitStack() as hooks:
+        for module in root.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                hooks.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+def output_error(plan: FoldingPlan, original: Witness, folded: Witness) -> dict[str, float] | None:
+    """Compare what the outermost module calls gave before and after folding.
+
+    Only calls that hold all of every fold they touch count: between a layer and its BatchNorm the two versions differ,
+    and rightly.
+
+    Args:
+        plan: The plan by which the module was folded.
+        original: Who watched the unfolded module.
+        folded: Who watched the folded one.
+
+    Returns:
+        ``max_abs``, and ``max_rel`` in units of the largest output, both infinite if the outputs are not of the same
+        shapes; None if there was nothing to compare, or if the two did not watch the same batches.
+    """
+    if not _same(original.batches, folded.batches) or len(original.calls) != len(folded.calls):
+        return None
+    error, compared = OutputError(), False
+    names = {module: name for name, module in original.pl_module.named_modules()}
+    for before, after in zip(original.calls, folded.calls, strict=True):
+        if _holds_folds(names[before.module], plan):
+            pairs = list(zip_longest(tensors_in(before.output), tensors_in(after.output)))
+            if any(a is None or b is None or a.shape != b.shape for a, b in pairs):
+                return {"max_abs": math.inf, "max_rel": math.inf}
+            for expected, output in pairs:
+                if expected.is_floating_point() or expected.is_complex():
+                    error.to(output.device).update(output, expected)
+                    compared = True
+    return {key: float(value) for key, value in error.compute().items()} if compared else None
+
+
+def _same(first: Any, second: Any) -> bool:
+    pairs = list(zip_longest(tensors_in(first), tensors_in(second)))
+    return all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
+
+
+def _holds_folds(name: str, plan: FoldingPlan) -> bool:
+    prefix = f"{name}." if name else ""
+    inside = [[part.startswith(prefix) for part in (fold.batchnorm, *fold.layers)] for fold in plan.folds]
+    return any(map(all, inside)) and not any(any(parts) and not all(parts) for parts in inside)
+
+
+def _snapshot(module: nn.Module) -> nn.Module:
+    """The module as it is now, around the same numbers: folding gives a layer new ones and leaves these alone."""
+    twin = copy.copy(module)
+    twin.__dict__ = {**vars(module), "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+    twin._parameters = {
+        key: None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
+        for key, parameter in module._parameters.items()
+    }
+    return twin
+
+
+def _normalise(output: Tensor, batchnorm: Any, part: Part, channel_axis: int) -> Tensor:
+    """What a BatchNorm makes of the output of a layer, by torch's own batch norm and not by our algebra."""
+    rows = output.movedim(channel_axis, -1)  # (..., C)
+    channels = torch.tensor(part.channels or range(rows.shape[-1]), device=output.device)
+    own = {key: tensor[channels.clamp(min=0)] for key, tensor in own_tensors(batchnorm).items() if tensor.dim() == 1}
+    mean, var, weight, bias = (own.get(key) for key in ("running_mean", "running_var", "weight", "bias"))
+
+    def normalise(rows: Tensor) -> Tensor:
+        flat = rows.reshape(-1, rows.shape[-1])  # (..., C) -> (N, C)
+        return F.batch_norm(flat, mean, var, weight, bias, training=False, eps=batchnorm.eps).view(rows.shape)
+
+    normalised = normalise(rows)
+    if part.shift != 1.0:
+        normalised = normalised - (1.0 - part.shift) * normalise(torch.zeros_like(rows))
+    return torch.where(channels == UNTOUCHED, rows, normalised).movedim(-1, channel_axis)

@@ -1,0 +1,156 @@
+"""The report of a folding: a plain dict, a JSON file, numbers for loggers and a table for the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torchmetrics
+from rich.console import Console
+from rich.table import Table
+
+import lit_bnfold
+from lit_bnfold.callbacks.validation import ValidationRun
+from lit_bnfold.folding import FoldingPlan
+
+Report = dict[str, Any]
+
+
+def make_report(
+    plan: FoldingPlan,
+    layer_errors: Sequence[Mapping[str, float]],
+    runs: tuple[ValidationRun | None, ValidationRun | None],
+    output_error: Mapping[str, float] | None,
+    weights: str,
+    tolerance: float,
+) -> Report:
+    """Put together what a folding did and what its proof measured.
+
+    Args:
+        plan: What was folded and what was kept.
+        layer_errors: For each fold its ``max_abs`` error, and its ``max_rel`` in units of the layer's largest output.
+        runs: The validation of the original and of the folded module; None where there was nothing to validate on.
+        output_error: The same two errors of the module's outputs, None where they were not compared.
+        weights: Which weights were folded, in words.
+        tolerance: The largest relative error that counts as agreement.
+
+    Returns:
+        Plain dicts, lists, strings and numbers. ``mismatch`` says in a sentence what does not agree; None if all does.
+    """
+    report: Report = {
+        "folds": [
+            {
+                "batchnorm": fold.batchnorm,
+                "layers": list(fold.layers),
+                "direction": fold.direction,
+                "max_abs_error": error["max_abs"],
+                "max_rel_error": error["max_rel"],
+            }
+            for fold, error in zip(plan.folds, layer_errors, strict=True)
+        ],
+        "kept": plan.to_dict()["kept"],
+        "validation": {
+            version: dict(run.metrics) if run else {} for version, run in zip(("original", "folded"), runs, strict=True)
+        },
+        "output_error": None if output_error is None else dict(output_error),
+        "weights": weights,
+        "tolerance": tolerance,
+        "versions": {
+            "lit_bnfold": lit_bnfold.__version__,
+            "torch": str(torch.__version__),
+            "lightning": lightning.__version__,
+            "torchmetrics": torchmetrics.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    report["mismatch"] = _mismatch(report, [run.batches for run in runs if run])
+    return report
+
+
+def _mismatch(report: Report, batches: list[tuple[int, ...]]) -> str | None:
+    if len(set(batches)) > 1:
+        return f"the original was validated on {batches[0]} batches and the folded module on {batches[1]}"
+    tolerance, output = report["tolerance"], report["output_error"]
+    worst = max(report["folds"], key=lambda fold: _worse(fold["max_rel_error"]), default=None)
+    if worst is not None and not worst["max_rel_error"] <= tolerance:
+        where = f"the folded layer {' and '.join(f'`{layer}`' for layer in worst['layers'])}"
+        error = worst["max_rel_error"]
+    elif output is not None and not output["max_rel"] <= tolerance:
+        where, error = "the output of the folded module", output["max_rel"]
+    else:
+        return None
+    hint = f"; the worst layer is `{worst['layers'][0]}` with {worst['max_rel_error']:.2e}" if worst else ""
+    return f"{where} is off by {error:.2e} of its largest value, more than the tolerance of {tolerance:.0e}{hint}"
+
+
+def _worse(error: float) -> float:
+    return math.inf if math.isnan(error) else error
+
+
+def scalars(report: Report) -> dict[str, float]:
+    """The numbers of a report under the keys that loggers and ``trainer.callback_metrics`` get.
+
+    Args:
+        report: A report.
+
+    Returns:
+        ``folding/original/<key>`` and ``folding/folded/<key>`` for every key that validation logs, and four more.
+    """
+    numbers = {
+        f"folding/{version}/{key}": value
+        for version, metrics in report["validation"].items()
+        for key, value in metrics.items()
+    }
+    if report["output_error"] is not None:
+        numbers |= {f"folding/{key}_error": value for key, value in report["output_error"].items()}
+    return numbers | {"folding/folds": float(len(report["folds"])), "folding/kept": float(len(report["kept"]))}
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write a report as JSON; infinities and NaNs, which JSON has no word for, as strings.
+
+    Args:
+        report: A report.
+        path: The file.
+    """
+    path.write_text(json.dumps(_for_json(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _for_json(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _for_json(branch) for key, branch in tree.items()}
+    if isinstance(tree, list):
+        return [_for_json(branch) for branch in tree]
+    return str(tree) if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def print_report(report: Report) -> None:
+    """Print a report as one table: each BatchNorm and where it went, then each metric of both versions.
+
+    Args:
+        report: A report.
+    """
+    table = Table("", "original", "folded", "difference", title="BatchNorm folding")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for fold in report["folds"]:
+        table.add_row(fold["batchnorm"], "BatchNorm", " + ".join(fold["layers"]), f"{fold['max_rel_error']:.1e}")
+    for kept in report["kept"]:
+        table.add_row(kept["batchnorm"], "BatchNorm", "kept", "")
+    table.add_section()
+    original, folded = report["validation"]["original"], report["validation"]["folded"]
+    for key, value in original.items():
+        other = folded.get(key, math.nan)
+        table.add_row(key, f"{value:.6f}", f"{other:.6f}", f"{other - value:+.1e}")
+    if report["output_error"] is not None:
+        table.add_row("largest error of an output", "", "", f"{report['output_error']['max_abs']:.1e}")
+    console = Console()
+    console.print(table)
+    for kept in report["kept"]:
+        console.print(f"{kept['batchnorm']} stays: {kept['reason']}.", markup=False)

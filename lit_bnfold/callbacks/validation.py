@@ -1,0 +1,376 @@
+"""One run of a module's own validation, in the middle of a fit, that leaves no trace.
+
+Lightning has no public way to validate from inside a hook of ``Trainer.fit``, so this file drives the fit's own
+validation loop. It is the only file of this package that touches names private to Lightning. Most of them are never
+spelled out: whole objects are put back as they were, with whatever attributes their version of Lightning gives them.
+"""
+
+import random
+import warnings
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial, singledispatch
+from typing import Any
+
+import numpy
+import torch
+from lightning.fabric.loggers.logger import _DummyExperiment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+_GENERATORS = (torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState)
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
+_OPENED = (nn.Module, dict, list, tuple, deque, set, *_GENERATORS)
+_VALIDATION_HOOKS = tuple(name for name in dir(Callback) if name.startswith("on_validation_"))
+_LIVE_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+
+
+@dataclass(frozen=True)
+class ValidationRun:
+    """What one run of the module's own validation gave.
+
+    Attributes:
+        metrics: Every scalar that validation logs, under its key in ``trainer.callback_metrics``, with the suffix
+            ``/dataloader_idx_<i>`` where there are several loaders. A module that logs none has the one key ``loss``:
+            the mean of the losses that ``validation_step`` returns, weighted by batch size. Empty if it returns none.
+        batches: The number of batches run, per validation loader. A ``CombinedLoader`` that is not sequential counts
+            as one loader.
+    """
+
+    metrics: dict[str, float]
+    batches: tuple[int, ...]
+
+
+def run_validation(
+    trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[Callback] = ()
+) -> ValidationRun | None:
+    """Run the validation of ``pl_module`` once and put everything back as it was, also when validation raises.
+
+    Every run draws the same random numbers, so two runs differ only by what was changed between them. Loggers write
+    nothing, and of all callbacks only ``callbacks`` get their validation hooks called. What stays: files that the
+    module writes by itself, parameters and plain tensor attributes that it changes in place, and, if the fit has not
+    validated before, the validation loaders, so that the next run reads the same ones.
+
+    Args:
+        trainer: A Trainer in ``fit``, at a point where no validation runs, such as ``on_train_end``; all ranks of it.
+        pl_module: The module that ``trainer`` fits.
+        callbacks: The callbacks that measure. What they keep on themselves stays.
+
+    Returns:
+        What validation logged, or None if there is nothing to validate on: no ``validation_step``, no validation
+        loader, none with a batch, or ``limit_val_batches=0``.
+    """
+    if not trainer.enable_validation:
+        return None
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    _set_up_loaders(trainer)
+    if loop.skip:
+        return None
+    returned_loss = _ReturnedLoss()
+    stale = dict(trainer._logger_connector._callback_metrics)
+    with _sandbox(trainer, pl_module, [*callbacks, returned_loss]):
+        loop.run()
+        # Lightning puts a new tensor under each key that it updates, so whatever is not an old object was logged now.
+        logged = {key: value for key, value in trainer.callback_metrics.items() if value is not stale.get(key)}
+        metrics = {key: float(value) for key, value in logged.items() if value.numel() == 1}
+        loaders = range(loop.num_dataloaders if loop._is_sequential else 1)
+        batches = tuple(loop._seen_batches_per_dataloader[idx] for idx in loaders)
+        # All ranks have to meet here, also if only some of them logged.
+        loss = returned_loss.compute(trainer)
+    return ValidationRun(metrics or loss, batches)
+
+
+def _set_up_loaders(trainer: Trainer) -> None:
+    """Ask for the validation loaders, as the start of a fit does, if this fit has not done so."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if loop._combined_loader is None:
+        with _put_back([vars(trainer.state)]), _same_random_numbers(trainer.global_rank):
+            trainer.validating = True
+            loop.setup_data()
+
+
+@contextmanager
+def _sandbox(trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[Callback]) -> Iterator[None]:
+    """Ready ``trainer`` for a validation run in which only ``callbacks`` take part, and take all of it back."""
+    measuring = {id(callback) for callback in callbacks}
+    others = [callback for callback in vars(trainer)["callbacks"] if id(callback) not in measuring]
+    with ExitStack() as stack:
+        stack.enter_context(_same_random_numbers(trainer.global_rank))
+        # Compiled code would be compiled again for layers that are swapped for one run only.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_put_back(_trainer_parts(trainer)))
+        stack.enter_context(_put_back(_module_parts(trainer, pl_module)))
+        for logger in trainer.loggers:
+            stack.enter_context(_muted_logger(logger))
+        for callback in others:
+            stack.enter_context(_muted_callback(callback))
+        vars(trainer).update(callbacks=[*others, *callbacks], profiler=PassThroughProfiler())
+        trainer.validating = True
+        _start_afresh(trainer)
+        yield
+
+
+def _start_afresh(trainer: Trainer) -> None:
+    """Give the validation loop and the logger connector new objects wherever a run would change theirs in place."""
+    connector = trainer._logger_connector
+    # Copies, not empty dicts: a hook of the module may read what training logged.
+    for name in _LIVE_METRICS:
+        setattr(connector, name, dict(getattr(connector, name)))
+
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.batch_progress = type(loop.batch_progress)()
+    loop._results = type(loop._results)(training=False)
+    loop._module_mode = type(loop._module_mode)()
+    loop._seen_batches_per_dataloader = defaultdict(int)
+    # With reload_dataloaders_every_n_epochs the run would ask for new loaders; those of the last validation serve.
+    loop._last_val_dl_reload_epoch = trainer.current_epoch
+    for part in _loader_parts(trainer):
+        # Persistent workers would go on with the random numbers of the run before; new ones begin from the seed.
+        if "_iterator" in vars(part):
+            vars(part)["_iterator"] = None
+
+
+# What is put back ----------------------------------------------------------------------------------------------------
+
+
+def _trainer_parts(trainer: Trainer) -> Iterator[object]:
+    """Yield the state outside the module that a validation run, or user code in it, may change."""
+    owners = [
+        trainer,
+        trainer.state,
+        trainer._logger_connector,
+        trainer.fit_loop.epoch_loop.val_loop,
+        *_loader_parts(trainer),
+        *(config.scheduler for config in trainer.lr_scheduler_configs),
+        getattr(trainer, "datamodule", None),
+    ]
+    for owner in (owner for owner in owners if owner is not None):
+        yield vars(owner)
+        yield from (value for value in vars(owner).values() if isinstance(value, _GENERATORS))
+    for optimizer in trainer.optimizers:
+        yield from optimizer.param_groups
+
+
+def _loader_parts(trainer: Trainer) -> list[object]:
+    """List the validation loaders with their samplers and datasets, as far as these have attributes."""
+    combined_loader = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    assert combined_loader is not None
+    parts: list[object] = []
+    pending: list[object] = [combined_loader, *combined_loader.flattened]
+    while pending:
+        part = pending.pop()
+        if hasattr(part, "__dict__") and not any(part is known for known in parts):
+            parts.append(part)
+            pending += [vars(part).get(name) for name in ("sampler", "batch_sampler", "dataset")]
+    return parts
+
+
+def _module_parts(trainer: Trainer, pl_module: LightningModule) -> Iterator[object]:
+    """Yield the state of ``pl_module``: attributes, plain containers in them, buffers, metric states, generators.
+
+    Modules that stand in a plain list or dict, such as unregistered metrics, are opened like registered ones.
+    """
+    # A wrapper that the strategy adds is put into eval mode too, and stops to synchronise its ranks.
+    yield vars(trainer.model)
+    pending: list[Any] = list(pl_module.modules())
+    seen: set[int] = set()
+    while pending:
+        part = pending.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, nn.Module):
+            yield from part.parameters(recurse=False)
+            yield from part.buffers(recurse=False)
+            if isinstance(part, Metric):
+                yield from (state for state in part.metric_state.values() if isinstance(state, Tensor))
+            pending.append(vars(part))
+        elif isinstance(part, _GENERATORS):
+            yield part
+        else:
+            if type(part) in _CONTAINERS:
+                yield part
+            inner = part.values() if isinstance(part, dict) else part
+            pending += (thing for thing in inner if isinstance(thing, _OPENED))
+
+
+# How it is put back: the very same object gets its old content, so that whoever else holds it sees no difference -----
+
+
+@contextmanager
+def _put_back(parts: Iterable[object]) -> Iterator[None]:
+    """Put every one of ``parts`` back, in place, to the state that it has on entry."""
+    with ExitStack() as stack:
+        for part in parts:
+            stack.callback(_undo(part))
+        yield
+
+
+@singledispatch
+def _undo(part: Any) -> Callable[[], object]:
+    """Return the call that puts ``part`` back to the state that it has now."""
+    raise TypeError(f"Expected a part with a known way back, got {type(part).__name__}.")
+
+
+@_undo.register(dict)
+def _(part: dict[Any, Any]) -> Callable[[], object]:
+    before = list(part.items())
+
+    def put_back() -> None:
+        # An emptied dict is filled again in its old order, but only when it has to be.
+        if [id(key) for key in part] != [id(key) for key, _ in before]:
+            part.clear()
+        part.update(before)
+
+    return put_back
+
+
+@_undo.register(list)
+@_undo.register(deque)
+@_undo.register(set)
+def _(part: list[Any] | deque[Any] | set[Any]) -> Callable[[], object]:
+    before = list(part)
+
+    def put_back() -> None:
+        part.clear()
+        (part.update if isinstance(part, set) else part.extend)(before)
+
+    return put_back
+
+
+@_undo.register
+def _(part: nn.Parameter) -> Callable[[], object]:
+    return partial(part.requires_grad_, part.requires_grad)
+
+
+@_undo.register
+def _(part: Tensor) -> Callable[[], object]:
+    # On the CPU, where a second copy of a large buffer does no harm.
+    before = part.detach().to("cpu", copy=True)
+
+    def put_back() -> None:
+        if not torch.equal(part.detach().cpu(), before):
+            with torch.no_grad():
+                part.copy_(before)
+
+    return put_back
+
+
+@_undo.register(torch.Generator)
+@_undo.register(numpy.random.RandomState)
+def _(part: Any) -> Callable[[], object]:
+    return partial(part.set_state, part.get_state())
+
+
+@_undo.register
+def _(part: numpy.random.Generator) -> Callable[[], object]:
+    return partial(setattr, part.bit_generator, "state", part.bit_generator.state)
+
+
+@_undo.register
+def _(part: random.Random) -> Callable[[], object]:
+    return partial(part.setstate, part.getstate())
+
+
+@contextmanager
+def _same_random_numbers(seed: int) -> Iterator[None]:
+    """Seed the global random generators, and give them back as they were.
+
+    Lightning's ``isolate_rng`` does not give them back when its body raises.
+    """
+    python_state, numpy_state = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
+        try:
+            random.seed(seed)
+            numpy.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python_state)
+            numpy.random.set_state(numpy_state)
+
+
+# What is kept silent -------------------------------------------------------------------------------------------------
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    """Stand in for a method that must not run."""
+
+
+@contextmanager
+def _muted_logger(logger: Logger) -> Iterator[None]:
+    """Make writes through ``logger`` vanish, while it stays an instance of its class and tells where it would write."""
+    loud = type(logger)
+    writers = [name for name in dir(loud) if name.startswith("log") or name in ("save", "finalize")]
+    silent: dict[str, Any] = {name: _nothing for name in writers if callable(getattr(loud, name))}
+    silent["experiment"] = property(lambda _: _DummyExperiment())
+    logger.__class__ = type(loud.__name__, (loud,), silent)
+    try:
+        yield
+    finally:
+        logger.__class__ = loud
+
+
+@contextmanager
+def _muted_callback(callback: Callback) -> Iterator[None]:
+    """Keep ``callback`` from hearing of a validation, while user code still finds it in ``trainer.callbacks``."""
+    attributes = vars(callback)
+    before = {name: attributes[name] for name in _VALIDATION_HOOKS if name in attributes}
+    attributes.update(dict.fromkeys(_VALIDATION_HOOKS, _nothing))
+    try:
+        yield
+    finally:
+        for name in _VALIDATION_HOOKS:
+            if name not in before:
+                del attributes[name]
+        attributes.update(before)
+
+
+# What is measured for a module that logs nothing ---------------------------------------------------------------------
+
+
+class _ReturnedLoss(Callback):
+    """Accumulate the losses that ``validation_step`` returns."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.examples = 0
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Tensor | Mapping[str, Any] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the loss of one batch."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            size = _batch_size(batch)
+            self.total += float(loss) * size
+            self.examples += size
+
+    def compute(self, trainer: Trainer) -> dict[str, float]:
+        """Return the mean loss of an example over all ranks, under the key ``loss``; nothing if none was returned."""
+        sums = torch.tensor([self.total, self.examples], dtype=torch.float64)
+        if trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum")
+        total, examples = sums.tolist()
+        return {"loss": total / examples} if examples else {}
+
+
+def _batch_size(batch: Any) -> int:
+    """Return the number of examples in ``batch`` by the rule of ``self.log``, 1 if the rule finds none."""
+    with warnings.catch_warnings(), suppress(MisconfigurationException):
+        warnings.simplefilter("ignore")
+        return extract_batch_size(batch)
+    return 1

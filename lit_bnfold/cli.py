@@ -1,0 +1,194 @@
+"""The command line: ``lit-bnfold fit | validate | test | fold``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lit_bnfold.callbacks import BatchNormFolding
+from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
+from lit_bnfold.folding import FoldingError
+from lit_bnfold.names.data import NamesDataModule
+from lit_bnfold.names.model import BatchNormMLP
+
+# Drawing the bar costs as much as a training step of the small network.
+_BAR_REFRESH_STEPS = 200
+
+_TRAINER_DEFAULTS = {"max_steps": 200_000, "val_check_interval": 5_000, "check_val_every_n_epoch": None}
+
+
+# They would look for a training's directory, and tell that it is another one.
+_TRAINING_CALLBACKS = (Checkpoint, LearningRateMonitor)
+
+
+class FoldingTrainer(Trainer):
+    """A Trainer that can fold a checkpoint as well."""
+
+    def fold(self, model: LightningModule, ckpt_path: str, datamodule: LightningDataModule | None = None) -> None:
+        """Fold the BatchNorms of a checkpoint, with the same proof and the same files as at the end of ``fit``.
+
+        Args:
+            model: The module that was trained.
+            ckpt_path: The checkpoint to fold. The files go beside it, unless ``--folding.dirpath`` says otherwise.
+            datamodule: The data that was trained on.
+        """
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        folding = next(callback for callback in callbacks if isinstance(callback, BatchNormFolding))
+        self.loggers = []
+        folding.fold_checkpoint(self, model, ckpt_path, datamodule)
+
+
+class NamesCLI(LightningCLI):
+    """The names example with everything a user has by default: folding, checkpoints, monitors and a progress bar."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommands, each with the arguments that the command line does not ask for."""
+        offered = LightningCLI.subcommands()
+        return {
+            "fit": offered["fit"],
+            "validate": offered["validate"],
+            "test": offered["test"],
+            "fold": {"model", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks, and take from the data what the network has to know of it."""
+        parser.add_argument(
+            "--num_threads", type=int, default=1, help="CPU threads of torch; one is the fastest for a small network"
+        )
+        parser.add_lightning_class_args(BatchNormFolding, "folding")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(LearningRateMonitor, "learning_rate")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/loss",
+                "checkpoint.filename": "best",
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.link_arguments("data.block_size", "model.block_size")
+        parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and take from a checkpoint the data that it was trained on, as Lightning takes the network.
+
+        ``--ckpt_path last`` is found here too: Lightning looks for it in the directory of the run that is about to
+        begin, where there is none yet.
+        """
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        path = config.ckpt_path
+        if path == "last":
+            path = str(_latest_checkpoint(Path(config.trainer.default_root_dir or ".")))
+        if path is not None and Path(path).is_file():
+            # Before everything else on the command line, so that what is said there or in a configuration counts.
+            given = list(sys.argv[1:] if args is None else args)
+            place = given.index(self.config.subcommand) + 1
+            self.config = parser.parse_args([*given[:place], *_data_arguments(path), *given[place:]])
+        self.config[self.config.subcommand].ckpt_path = path
+
+    def before_instantiate_classes(self) -> None:
+        """Set the number of threads before anything computes."""
+        torch.set_num_threads(self.config[self.subcommand].num_threads)
+
+    def instantiate_classes(self) -> None:
+        """Make everything, and say in one sentence what is wrong with an argument."""
+        try:
+            super().instantiate_classes()
+        except (OSError, TypeError, ValueError) as error:
+            _leave(error)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer, with a progress bar that is drawn now and then."""
+        config = self.config_init[self.subcommand].trainer
+        callbacks = list(config.callbacks or [])
+        if config.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
+            kwargs["callbacks"] = [*callbacks, TQDMProgressBar(refresh_rate=_BAR_REFRESH_STEPS)]
+        trainer = super().instantiate_trainer(**kwargs)
+        unwanted: tuple[type[Callback], ...] = () if trainer.loggers else (LearningRateMonitor,)
+        if self.subcommand != "fit":
+            unwanted = _TRAINING_CALLBACKS
+        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, unwanted)]  # type: ignore[attr-defined]
+        return trainer
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` beside what a training wrote; the other commands leave no file of their own."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it, when training begins."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: The arguments; by default those of the process.
+    """
+    _silence_noise()
+    try:
+        NamesCLI(
+            BatchNormMLP,
+            NamesDataModule,
+            save_config_callback=SaveFitConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_class=FoldingTrainer,
+            trainer_defaults=_TRAINER_DEFAULTS,
+            seed_everything_default=42,
+            args=args,
+        )
+    except (FoldingError, MisconfigurationException, OSError, ValueError) as error:
+        _leave(error)
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" not in str(error):
+            raise
+        _leave(error)
+
+
+def _data_arguments(path: str) -> list[str]:
+    """The arguments of the data that a checkpoint was trained on."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        arguments = checkpoint.get("datamodule_hyper_parameters", {}).items()
+    except Exception as error:
+        raise ValueError(f"Expected a checkpoint of Lightning at {path}, found another kind of file.") from error
+    return [
+        f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in arguments
+        if not name.startswith("_")
+    ]
+
+
+def _silence_noise() -> None:
+    """Keep from the terminal what does not concern its reader: advertisements, and torch's word to Lightning."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+    # The commands that only read a checkpoint go without the callbacks of the training that wrote it.
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
+def _latest_checkpoint(root: Path) -> Path:
+    # Without a logger there is no `lightning_logs`.
+    paths = [*root.glob("lightning_logs/*/checkpoints/last.ckpt"), *root.glob("checkpoints/last.ckpt")]
+    if not paths:
+        raise FileNotFoundError(f"Found no lightning_logs/*/checkpoints/last.ckpt in {root.absolute()} to go on from.")
+    return max(paths, key=lambda path: path.stat().st_mtime)
+
+
+def _leave(error: Exception) -> NoReturn:
+    sys.exit(f"lit-bnfold: {error}")

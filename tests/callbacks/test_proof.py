@@ -1,0 +1,225 @@
+"""The witnesses: what they see, what they measure, and that they measure it against torch's own BatchNorm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lit_bnfold.callbacks.proof import GraphWitness, LayerWitness, Witness, output_error
+from lit_bnfold.folding import FoldingPlan, plan_folding
+from lit_bnfold.folding.rewrite import folded_in_place
+
+Randomised = Callable[[nn.Module], nn.Module]
+
+
+class Network(LightningModule):
+    """Every way in which a layer can take part in a fold: alone, beside another one, and as one side of a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone, self.alone_norm = nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5)
+        self.left, self.right, self.joined_norm = nn.Linear(5, 2), nn.Linear(5, 3), nn.BatchNorm1d(5)
+        self.one, self.other, self.sum_norm = nn.Linear(5, 3), nn.Linear(5, 3), nn.BatchNorm1d(3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.alone_norm(self.alone(inputs)))
+        hidden = torch.tanh(self.joined_norm(torch.cat([self.left(hidden), self.right(hidden)], dim=1)))
+        return self.sum_norm(self.one(hidden) + self.other(hidden))
+
+
+LAYERS = {"alone", "left", "right", "one", "other"}
+
+
+@pytest.fixture
+def network(randomised: Randomised) -> Network:
+    network = randomised(Network()).double().eval()
+    assert isinstance(network, Network)
+    return network
+
+
+def watched(witness: Witness, inputs: Tensor) -> Any:
+    """One run that a witness sees, as it would see that of a batch."""
+    with witness, torch.no_grad():
+        witness.batches.append(inputs)
+        witness.watch()
+        witness.pl_module(inputs)
+    return witness
+
+
+def number_of_hooks(module: nn.Module) -> int:
+    return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in module.modules())
+
+
+def rows(count: int = 6) -> Tensor:
+    return torch.randn(count, 4, dtype=torch.float64)
+
+
+def measured(
+    network: LightningModule, change: Callable[[], object] = lambda: None
+) -> tuple[FoldingPlan, Any, Any, Any]:
+    """The plan, the witness of the original, that of the folded layers, and the error of the outputs."""
+    inputs = rows()
+    original = watched(GraphWitness(network), inputs)
+    plan = original.plan()
+    folded = LayerWitness(network, plan)
+    with folded_in_place(plan, network):
+        change()
+        watched(folded, inputs)
+        return plan, original, folded, output_error(plan, original, folded)
+
+
+def test_the_plan_of_what_was_watched_is_that_of_a_run(network: Network) -> None:
+    plan = watched(GraphWitness(network), rows()).plan()
+    assert plan == plan_folding(network, (rows(),))
+    assert [fold.layers for fold in plan.folds] == [("alone",), ("left", "right"), ("one", "other")]
+    assert plan.kept == ()
+
+
+def test_each_layer_agrees_with_batchnorm_after_it(network: Network) -> None:
+    plan, _, folded, outputs = measured(network)
+    assert folded.errors.keys() == LAYERS
+    for fold in plan.folds:
+        error = folded.error_of(fold)
+        assert 0 <= error["max_rel"] < 1e-6
+        assert error["max_abs"] < 1e-6
+    assert outputs is not None
+    assert outputs["max_rel"] < 1e-6
+
+
+@pytest.mark.parametrize("layer", sorted(LAYERS))
+def test_a_layer_that_is_off_is_found_and_no_other(layer: str, network: Network) -> None:
+    def change() -> None:
+        with torch.no_grad():
+            network.get_submodule(layer).bias.mul_(1.01)
+
+    plan, _, folded, outputs = measured(network, change)
+    errors = {name: float(error.compute()["max_rel"]) for name, error in folded.errors.items()}
+    assert {name for name, error in errors.items() if error > 1e-4} == {layer}
+    worst = max(plan.folds, key=lambda fold: folded.error_of(fold)["max_rel"])
+    assert layer in worst.layers
+    assert outputs["max_rel"] > 1e-5
+
+
+def test_the_measure_is_the_largest_difference_in_units_of_the_largest_output(network: Network) -> None:
+    def change() -> None:
+        with torch.no_grad():
+            network.alone.bias += torch.tensor([0.0, 0.5, 0.0, 0.0, 0.0])
+
+    inputs = rows()
+    original = watched(GraphWitness(network), inputs)
+    plan, folded = original.plan(), None
+    folded = LayerWitness(network, plan)
+    with torch.no_grad():
+        largest = network.alone_norm(network.alone(inputs)).abs().max()
+    with folded_in_place(plan, network):
+        change()
+        watched(folded, inputs)
+    assert folded.error_of(plan.folds[0]) == pytest.approx({"max_abs": 0.5, "max_rel": 0.5 / float(largest)}, rel=1e-5)
+
+
+def test_a_layer_that_was_not_called_is_not_proven(network: Network) -> None:
+    plan = plan_folding(network, (rows(),))
+    folded = LayerWitness(network, plan)
+    assert folded.error_of(plan.folds[0]) == {"max_abs": math.inf, "max_rel": math.inf}
+
+
+def test_nothing_is_left_on_the_module(network: Network) -> None:
+    measured(network)
+    assert number_of_hooks(network) == 0
+    for witness in (GraphWitness(network), LayerWitness(network, plan_folding(network, (rows(),)))):
+        with pytest.raises(RuntimeError, match="shapes"):
+            watched(witness, rows()[:, :2])
+        assert number_of_hooks(network) == 0
+
+
+def test_only_the_first_batch_of_a_loader_is_watched(network: Network) -> None:
+    with GraphWitness(network) as witness, torch.no_grad():
+        for loader in range(2):
+            for batch in range(3):
+                inputs = rows(batch + 2)
+                witness.on_validation_batch_start(None, network, inputs, batch, loader)
+                network(inputs)
+                witness.on_validation_batch_end(None, network, None, inputs, batch, loader)
+    assert [len(batch) for batch in witness.batches] == [2, 2]
+    assert len(witness.calls) == 2
+    assert len(witness.plan().folds) == 3
+
+
+def test_outputs_for_other_batches_are_not_compared(network: Network) -> None:
+    original = watched(GraphWitness(network), rows())
+    plan = original.plan()
+    for other in (rows(), rows(3)):
+        assert output_error(plan, original, watched(Witness(network), other)) is None
+    twice = watched(watched(Witness(network), original.batches[0]), original.batches[0])
+    assert output_error(plan, original, twice) is None
+
+
+def test_a_call_that_holds_only_a_part_of_a_fold_is_not_compared(network: Network) -> None:
+    """Between a layer and its BatchNorm the two versions differ, and rightly."""
+    inputs = rows()
+    plan = plan_folding(network, (inputs,))
+
+    def parts(witness: Witness) -> Witness:
+        with witness, torch.no_grad():
+            witness.batches.append(inputs)
+            witness.watch()
+            network.alone_norm(network.alone(inputs))
+        return witness
+
+    original = parts(Witness(network))
+    with folded_in_place(plan, network):
+        folded = parts(Witness(network))
+    assert [call.module for call in original.calls] == [network.alone, network.alone_norm]
+    assert output_error(plan, original, folded) is None
+
+
+@pytest.mark.parametrize("other", [lambda outputs: outputs[:, :2], lambda outputs: (outputs, outputs)])
+def test_outputs_of_another_shape_or_number_are_no_agreement(other: Callable[[Tensor], Any], network: Network) -> None:
+    def change() -> None:
+        network.register_forward_hook(lambda module, args, output: other(output))
+
+    assert measured(network, change)[3] == {"max_abs": math.inf, "max_rel": math.inf}
+
+
+def test_complex_outputs_are_compared(randomised: Randomised) -> None:
+    class Complex(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            outputs = self.net(inputs)
+            return torch.complex(outputs, -outputs)
+
+    module = randomised(Complex()).double().eval()
+    assert isinstance(module, Complex)
+    plan, _, _, outputs = measured(module)
+    assert len(plan.folds) == 1
+    assert outputs is not None
+    assert outputs["max_rel"] < 1e-6
+
+
+def test_whole_numbers_are_left_out_and_nested_outputs_are_found(randomised: Randomised) -> None:
+    class Nested(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+        def forward(self, inputs: Tensor) -> Any:
+            logits = self.net(inputs)
+            return {"best": logits.argmax(1), "all": [(logits,)]}
+
+    module, inputs = randomised(Nested()).double().eval(), rows()
+    original = watched(GraphWitness(module), inputs)
+    plan = original.plan()
+    with folded_in_place(plan, module):
+        with torch.no_grad():
+            module.net[0].bias += 1.0
+        folded = watched(Witness(module), inputs)
+    assert output_error(plan, original, folded)["max_abs"] == pytest.approx(1.0)

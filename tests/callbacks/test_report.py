@@ -1,0 +1,113 @@
+"""The report: its keys, what counts as a mismatch, and how it is shown."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_bnfold.callbacks.report import Report, make_report, print_report, scalars, write_report
+from lit_bnfold.callbacks.validation import ValidationRun
+from lit_bnfold.folding import Fold, FoldingPlan, Kept, Part
+
+PLAN = FoldingPlan(
+    folds=(Fold("net.norm1", (Part("net.linear1"),)), Fold("net.norm2", (Part("net.left"), Part("net.right")))),
+    kept=(Kept("net.norm3", "the run did not reach it [bold]", "not-reached"),),
+)
+
+
+def report(
+    layers: tuple[float, float] = (1e-7, 2e-7), output: float | None = 1e-7, batches: tuple[int, int] = (3, 3)
+) -> Report:
+    runs = tuple(ValidationRun({"val/loss": 2.4, "val/accuracy": 0.25}, (count,)) for count in batches)
+    errors = [{"max_abs": error * 2, "max_rel": error} for error in layers]
+    outputs = None if output is None else {"max_abs": output * 3, "max_rel": output}
+    return make_report(PLAN, errors, runs, outputs, "last", 1e-4)
+
+
+def test_it_has_the_keys_that_others_rely_on() -> None:
+    made = report()
+    keys = {"folds", "kept", "validation", "output_error", "weights", "tolerance", "versions", "mismatch"}
+    assert made.keys() == keys
+    assert made["folds"][1] == {
+        "batchnorm": "net.norm2",
+        "layers": ["net.left", "net.right"],
+        "direction": "backward",
+        "max_abs_error": 4e-7,
+        "max_rel_error": 2e-7,
+    }
+    reason = "the run did not reach it [bold]"
+    assert made["kept"] == [{"batchnorm": "net.norm3", "reason": reason, "code": "not-reached"}]
+    assert made["validation"]["original"] == made["validation"]["folded"] == {"val/loss": 2.4, "val/accuracy": 0.25}
+    assert made["output_error"] == {"max_abs": pytest.approx(3e-7), "max_rel": 1e-7}
+    assert made["mismatch"] is None
+
+
+def test_the_scalars_are_those_of_the_loggers() -> None:
+    assert scalars(report()) == {
+        "folding/original/val/loss": 2.4,
+        "folding/original/val/accuracy": 0.25,
+        "folding/folded/val/loss": 2.4,
+        "folding/folded/val/accuracy": 0.25,
+        "folding/max_abs_error": pytest.approx(3e-7),
+        "folding/max_rel_error": 1e-7,
+        "folding/folds": 2.0,
+        "folding/kept": 1.0,
+    }
+
+
+def test_without_validation_and_outputs_there_are_no_numbers_of_them() -> None:
+    made = make_report(FoldingPlan(), [], (None, None), None, "last", 1e-4)
+    assert made["validation"] == {"original": {}, "folded": {}}
+    assert made["output_error"] is None
+    assert made["mismatch"] is None
+    assert scalars(made) == {"folding/folds": 0.0, "folding/kept": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"layers": (1e-3, 1e-2)}, "the folded layer `net.left` and `net.right` is off by 1.00e-02"),
+        ({"layers": (1e-3, 0.0)}, "the folded layer `net.linear1` is off by 1.00e-03"),
+        ({"layers": (math.nan, 1e-2)}, "the folded layer `net.linear1` is off by nan"),
+        ({"layers": (1e-2, math.inf)}, "the folded layer `net.left` and `net.right` is off by inf"),
+        ({"output": 1e-3}, "the output of the folded module is off by 1.00e-03"),
+        ({"output": math.nan}, "the output of the folded module is off by nan"),
+        ({"batches": (3, 0)}, "the original was validated on (3,) batches and the folded module on (0,)"),
+    ],
+)
+def test_what_does_not_agree_is_said_in_a_sentence(arguments: dict[str, Any], sentence: str) -> None:
+    made = report(**arguments)
+    assert made["mismatch"] is not None
+    assert sentence in made["mismatch"]
+
+
+def test_the_tolerance_itself_is_still_agreement() -> None:
+    assert report(layers=(1e-4, 0.0), output=1e-4)["mismatch"] is None
+
+
+def test_it_is_plain_json_whatever_the_numbers_are(tmp_path: Path) -> None:
+    made = report(layers=(math.nan, math.inf))
+    write_report(made, tmp_path / "folding.json")
+    read = json.loads((tmp_path / "folding.json").read_text(), parse_constant=pytest.fail)
+    assert [fold["max_rel_error"] for fold in read["folds"]] == ["nan", "inf"]
+    write_report(report(), tmp_path / "folding.json")
+    assert json.loads((tmp_path / "folding.json").read_text()) == report()
+
+
+def test_it_is_printed_as_one_table_with_a_reason_for_what_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(report())
+    printed = capsys.readouterr().out
+    for part in ("net.norm1", "net.linear1", "net.left + net.right", "2.400000", "0.250000", "largest error"):
+        assert part in printed
+    # A reason is text, not markup.
+    assert "net.norm3 stays: the run did not reach it [bold]." in printed.replace("\n", "")
+
+
+def test_a_metric_that_only_one_version_logged_is_shown_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = ValidationRun({"val/loss": 2.4}, (1,)), ValidationRun({"val/other": 2.0}, (1,))
+    print_report(make_report(FoldingPlan(), [], runs, None, "last", 1e-4))
+    assert "nan" in capsys.readouterr().out

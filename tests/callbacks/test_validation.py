@@ -1,0 +1,869 @@
+"""The sandboxed validation run: the numbers of an ordinary validation, and no trace of it in the Trainer."""
+
+import enum
+import hashlib
+import os
+import random
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LambdaCallback,
+    ModelCheckpoint,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.utilities import CombinedLoader
+from rich.progress import ProgressColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torchmetrics import CatMetric, MeanMetric, MetricCollection, MetricTracker, SumMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
+
+from lit_bnfold.callbacks.validation import ValidationRun, run_validation
+
+pytestmark = [
+    # Lightning makes a tree specification in a way that newer versions of torch deprecate.
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
+    # Loaders without worker processes are what a small test wants, and a shuffled one is among the situations.
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled"),
+    # So are loaders that are missing or empty.
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero"),
+    # A worker and the ranks of a distributed fit are forked, which newer versions of Python deprecate beside threads.
+    pytest.mark.filterwarnings("ignore:.*use of fork.* may lead to deadlocks:DeprecationWarning"),
+    # Older versions of torchmetrics warn of a default, also where it is not used.
+    pytest.mark.filterwarnings("ignore:The default value for `maximize` will be changed:FutureWarning"),
+]
+
+
+try:
+    from lightning.pytorch.callbacks import WeightAveraging
+except ImportError:
+    # Older versions do not have it; any callback is a neighbour.
+    WeightAveraging = Callback
+
+
+# A tiny fit, of which every situation is a variation -----------------------------------------------------------------
+
+
+def examples(count: int = 10) -> TensorDataset:
+    """Inputs (count, 4) and targets (count,); ten of them in batches of four make the last batch a smaller one."""
+    generator = torch.Generator().manual_seed(count)
+    return TensorDataset(torch.randn(count, 4, generator=generator), torch.arange(count) % 2)
+
+
+def loader(**kwargs: Any) -> DataLoader[Any]:
+    return DataLoader(examples(), batch_size=4, **kwargs)
+
+
+class Steps:
+    """A network with a BatchNorm, fitted to noise, that logs its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 2))
+
+    def loss(self, batch: Any) -> Tensor:
+        inputs, targets = batch  # (B, 4), (B,)
+        return nn.functional.cross_entropy(self.net(inputs), targets)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        self.log("val/loss", self.loss(batch), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Tiny(Steps, LightningModule):
+    pass
+
+
+class StandaloneTiny(Steps, pytorch_lightning.LightningModule):
+    """The same under the other import name, whose classes are not those of `lightning.pytorch`."""
+
+
+class Probe(Callback):
+    """Runs the validation twice at the end of training and compares everything before with everything after."""
+
+    def __init__(self) -> None:
+        self.runs: list[ValidationRun | None] = []
+        self.changes: dict[str, tuple[object, object]] = {}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        alive: list[object] = []
+        before = snapshot(trainer, alive)
+        self.validate(trainer, pl_module)
+        after = snapshot(trainer, alive)
+        self.changes = {
+            name: (before.get(name), after.get(name))
+            for name in before.keys() | after.keys()
+            if before.get(name) != after.get(name)
+        }
+
+    def trace(self, stays: tuple[str, ...] = ()) -> dict[str, tuple[object, object]]:
+        """Returns the fields that changed, except for those in `stays` and what is in them."""
+        return {name: change for name, change in self.changes.items() if not set(stays) & set(name.split("."))}
+
+    def validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.runs = [run_validation(trainer, pl_module) for _ in range(2)]
+
+
+@dataclass
+class Situation:
+    """A fit to validate at the end of.
+
+    Attributes:
+        module: Makes the module.
+        val: Makes the validation loaders, None to leave them to the module or datamodule.
+        batches: The batches expected of each run, per loader; None where there is nothing to validate on.
+        comparable: Whether a fresh Trainer gives the same numbers.
+        stays: Fields that may differ after the run, with all that is in them.
+        trainer: More arguments of the Trainer.
+    """
+
+    module: Callable[[], Any] = Tiny
+    val: Callable[[], Any] | None = loader
+    batches: tuple[int, ...] | None = (3,)
+    comparable: bool = True
+    stays: tuple[str, ...] = ()
+    datamodule: LightningDataModule | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def quiet_trainer(tmp_path: Path, make: Callable[..., Any] = Trainer, **kwargs: Any) -> Any:
+    defaults = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "default_root_dir": tmp_path,
+    }
+    return make(**{**defaults, **kwargs})
+
+
+def fit(situation: Situation, tmp_path: Path, probe: Probe) -> LightningModule:
+    torch.manual_seed(0)
+    module = situation.module()
+    arguments = dict(situation.trainer)
+    arguments["callbacks"] = [*arguments.get("callbacks", []), probe]
+    loaders: dict[str, Any] = {"datamodule": situation.datamodule}
+    if situation.datamodule is None:
+        loaders = {"train_dataloaders": loader(), "val_dataloaders": situation.val and situation.val()}
+    quiet_trainer(tmp_path, **arguments).fit(module, **loaders)
+    return module
+
+
+# Everything that a Trainer, its module and the process hold, field by field ------------------------------------------
+
+OPENED = ("lightning.", "pytorch_lightning.", "torch.nn", "torch.optim", "torch.utils.data", "torchmetrics.", __name__)
+PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
+
+
+def snapshot(trainer: Any, alive: list[object]) -> dict[str, object]:
+    """Names every field that can be reached from `trainer` and gives each a value that can be compared.
+
+    Objects are compared by identity and then by their own fields, so neither a changed object nor an equal copy of
+    it goes unseen. Whatever was seen goes to `alive`, since an object that dies can lend its identity to a new one.
+    """
+    fields: dict[str, object] = {
+        "global/torch": torch.get_rng_state().numpy().tobytes(),
+        "global/python": random.getstate(),
+        "global/numpy": repr(numpy.random.get_state()),
+        "global/grad": torch.is_grad_enabled(),
+        "global/dtype": torch.get_default_dtype(),
+        "global/stance": torch._dynamo.eval_frame._stance.stance,
+    }
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.flush()
+    root = Path(trainer.default_root_dir)
+    for path in root.rglob("*"):
+        fields[f"files/{path.relative_to(root)}"] = path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()
+
+    seen: set[int] = set()
+    pending: deque[tuple[str, object]] = deque([("trainer", trainer)])
+    while pending:
+        name, thing = pending.popleft()
+        fields[name], inner = value_of(thing)
+        alive.append(thing)
+        if id(thing) not in seen:
+            seen.add(id(thing))
+            pending += [(f"{name}.{key}", part) for key, part in inner.items()]
+    return fields
+
+
+def value_of(thing: Any) -> tuple[object, dict[object, object]]:
+    """Returns what to compare of `thing`, and what is inside of it by name."""
+    if isinstance(thing, PLAIN):
+        return repr(thing), {}
+    if isinstance(thing, tuple):
+        # Tuples are often made anew, so only what is in them counts.
+        return len(thing), dict(enumerate(thing))
+    identity = (type(thing).__qualname__, id(thing))
+    # The columns of the Rich bar are redrawn by a thread of their own.
+    opened = type(thing).__module__.startswith(OPENED) and not isinstance(thing, (Probe, ProgressColumn))
+    inner: dict[object, object] = {"__dict__": vars(thing)} if opened and hasattr(thing, "__dict__") else {}
+    if isinstance(thing, Tensor):
+        content = thing.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return (*identity, thing.dtype, thing.shape, thing.requires_grad, content), {}
+    if isinstance(thing, torch.Generator):
+        return (*identity, thing.get_state().numpy().tobytes()), {}
+    if isinstance(thing, numpy.random.RandomState):
+        return (*identity, repr(thing.get_state())), {}
+    if isinstance(thing, random.Random):
+        return (*identity, thing.getstate()), {}
+    if isinstance(thing, numpy.random.Generator):
+        return (*identity, repr(thing.bit_generator.state)), {}
+    if isinstance(thing, dict):
+        return (*identity, [repr(key) for key in thing]), {**inner, **thing}
+    if isinstance(thing, (list, deque)):
+        return (*identity, len(thing)), {**inner, **dict(enumerate(thing))}
+    if isinstance(thing, set):
+        return (*identity, sorted(map(repr, thing))), {}
+    return identity, {} if isinstance(thing, (type, types.FunctionType)) else inner
+
+
+# The situations ------------------------------------------------------------------------------------------------------
+
+
+class Silent(Tiny):
+    """Logs nothing; returns its loss as `returned` says."""
+
+    returned: Callable[[Tensor], Any] = staticmethod(lambda loss: loss)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.returned(self.loss(batch))
+
+
+class SilentDict(Silent):
+    returned = staticmethod(lambda loss: {"loss": loss, "other": None})
+
+
+class SilentNothing(Silent):
+    returned = staticmethod(lambda loss: None)
+
+
+class LogsInManyWays(Tiny):
+    """Logs what does not reach `callback_metrics` in validation, what reaches it twice, and what is no scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.per_class = MulticlassAccuracy(2, average=None)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("val/step", loss, on_step=True, on_epoch=False)
+        self.log("val/both", loss, on_step=True, on_epoch=True)
+        self.per_class(self.net(batch[0]), batch[1])
+        self.log("per_class", self.per_class, logger=False)
+        return loss
+
+
+class CountingLogger(CSVLogger):
+    """Counts how often it is told to write to disk."""
+
+    saved = finalized = 0
+
+    def save(self) -> None:
+        self.saved += 1
+        super().save()
+
+    def finalize(self, status: str) -> None:
+        self.finalized += 1
+        super().finalize(status)
+
+
+class Writer(Tiny):
+    """Writes past `self.log`, in every hook of a validation."""
+
+    def write(self) -> None:
+        for logger in self.loggers:
+            assert Path(logger.log_dir).is_relative_to(logger.save_dir)
+            assert (logger.name, logger.version) == ("lightning_logs", 0)
+            logger.log_metrics({"direct": 1.0}, step=0)
+            logger.log_hyperparams({"late": 1})
+            logger.save()
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_scalar("experiment", 1.0, 0)
+            else:
+                assert isinstance(logger, CountingLogger)
+                logger.experiment.log_metrics({"experiment": 1.0})
+                logger.finalize("success")
+
+    def on_validation_start(self) -> None:
+        self.write()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.write()
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/late", 1.0)
+        self.write()
+
+    def on_validation_end(self) -> None:
+        self.write()
+
+
+class Stochastic(Tiny):
+    """Draws from every generator there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: dict[str, Any] = {
+            "torch": torch.Generator(),
+            "python": random.Random(0),
+            "numpy": numpy.random.default_rng(0),
+        }
+        self.legacy = numpy.random.RandomState(0)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        noises = {
+            "torch": torch.rand(()),
+            "python": random.random(),
+            "numpy": numpy.random.rand(),
+            "own_torch": torch.rand((), generator=self.draws["torch"]),
+            "own_python": self.draws["python"].random(),
+            "own_numpy": self.draws["numpy"].random(),
+            "own_legacy": self.legacy.rand(),
+        }
+        self.log_dict({name: float(noise) for name, noise in noises.items()})
+
+
+class NoisyExamples(TensorDataset):
+    """Adds noise from a generator of its own, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(*examples().tensors)
+        self.generator = torch.Generator()
+        self.asked = 0
+
+    def __getitem__(self, index: int) -> Any:
+        self.asked += 1
+        inputs, target = super().__getitem__(index)
+        return inputs + torch.randn(4, generator=self.generator), target
+
+
+class WithMetrics(Tiny):
+    """Metrics in every place where a module can keep one, some logged and reset by Lightning, some never reset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged = MeanMetric()
+        self.never_reset = SumMetric()
+        self.collections = nn.ModuleDict(
+            {"val": MetricCollection([MulticlassAccuracy(2, average="micro"), MulticlassPrecision(2, average="micro")])}
+        )
+        self.tracker = MetricTracker(MulticlassAccuracy(2), maximize=True)
+        self.unregistered = [CatMetric()]
+
+    def on_validation_start(self) -> None:
+        self.tracker.increment()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        inputs, targets = batch
+        logits = self.net(inputs)  # (B, 2)
+        self.logged(nn.functional.cross_entropy(logits, targets))
+        self.log("logged", self.logged)
+        self.collections["val"](logits, targets)
+        self.log_dict(self.collections["val"])
+        self.tracker.update(logits, targets)
+        self.unregistered[0].update(logits.sum(dim=1))
+        self.never_reset.update(logits)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("tracked", self.tracker.compute())
+        self.log("cat", self.unregistered[0].compute().sum())
+        self.log("sum", self.never_reset.compute())
+
+
+class Careless(Tiny):
+    """Changes itself and its Trainer in validation, in all ways that people do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.outputs: list[Tensor] = []
+        self.recent: deque[int] = deque(maxlen=2)
+        self.table: dict[str, list[int]] = {"seen": []}
+        self.indices: set[int] = set()
+        self.frozen = nn.Linear(2, 2)
+        self.register_buffer("total", torch.zeros(()))
+        self.register_buffer("last", None)
+        self.total: Tensor
+        self.last: Tensor | None
+
+    def on_validation_model_eval(self) -> None:
+        # BatchNorm stays in training mode and would learn from the validation data.
+        self.net.train()
+
+    def on_validation_start(self) -> None:
+        assert "train/loss" in self.trainer.callback_metrics or self.trainer.sanity_checking
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.count += 1
+        self.made_in_validation = True
+        self.outputs.append(batch[0])
+        self.recent.append(self.count)
+        self.table["seen"].append(self.count)
+        self.table[f"new {self.count}"] = []
+        self.indices.add(self.count)
+        self.total += batch[0].sum()
+        self.last = batch[0]
+        self.frozen.requires_grad_(False)
+        self.net[0].eval()
+        self._backward_hooks[self.count] = print
+        self.log("count", float(self.count + len(self.outputs) + len(self.table) + len(self.recent)))
+        self.log("total", self.total)
+
+    def on_validation_epoch_end(self) -> None:
+        self.trainer.should_stop = True
+        self.trainer.extra = 1
+        scheduler = self.lr_schedulers()
+        scheduler.step()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1)]
+
+
+class Manual(Tiny):
+    """Optimises by hand and steps a plateau scheduler after each validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+    def on_validation_epoch_end(self) -> None:
+        self.lr_schedulers().step(self.trainer.callback_metrics["val/loss"])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)]
+
+
+class FindsCallbacks(Tiny):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        assert self.trainer.checkpoint_callback.dirpath is not None
+        assert self.trainer.early_stopping_callback.monitor == "val/loss"
+
+
+class Compiled(Tiny):
+    """Counts how often its compiled code runs."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(self.net, backend=self.backend)
+
+    @classmethod
+    def backend(cls, graph: Any, _: Any) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            cls.calls += 1
+            return graph(*args)
+
+        return counted
+
+
+class OwnLoaders(Tiny):
+    """Makes its loaders itself, at random, and leaves a mark that validation needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen = torch.zeros(0)
+
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    def val_dataloader(self) -> Any:
+        assert self.trainer.validating or self.trainer.sanity_checking
+        self.chosen = torch.randperm(10)[:8]
+        return DataLoader(torch.utils.data.Subset(examples(), self.chosen.tolist()), batch_size=4)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("chosen", float(self.chosen[0]))
+
+
+class Data(LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = 0
+        self.generator = torch.Generator()
+
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    def val_dataloader(self) -> Any:
+        return loader()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.moved += 1
+        return [batch[0] + torch.randn((), generator=self.generator), batch[1]]
+
+
+class Rotation:
+    """Gives all of `items` but one, another one each time."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+        self.times = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.times += 1
+        yield from [item for index, item in enumerate(self.items) if index != self.times % len(self.items)]
+
+
+class EpochSampler(RandomSampler):
+    """Shuffles by epoch, like a `DistributedSampler`."""
+
+    epoch = -1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.generator = torch.Generator().manual_seed(epoch)
+
+
+class Combined(Tiny):
+    """Gets one batch from each of two loaders at a time."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self.loss(batch["a"]) + self.loss(batch["b"]), batch_size=len(batch["a"][0]))
+
+
+def watchers(tmp_path: Path) -> dict[str, Any]:
+    """Arguments of a Trainer whose callbacks react to every validation."""
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/loss", save_top_k=-1)
+    heard = LambdaCallback(on_validation_start=lambda trainer, _: setattr(trainer, "heard", True))
+    return {"callbacks": [EarlyStopping("val/loss"), checkpoint, heard], "enable_checkpointing": True}
+
+
+def writers(tmp_path: Path, *classes: type) -> dict[str, Any]:
+    return {"logger": [make(tmp_path / make.__name__) for make in classes]}
+
+
+# What the fit asks for only at the first validation stays, so that both runs read the same loaders.
+LOADERS = ("_combined_loader", "_max_batches", "_last_val_dl_reload_epoch", "_seen_batches_per_dataloader")
+NEVER_VALIDATED = {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 2}
+
+SITUATIONS: dict[str, Callable[[Path], Situation]] = {
+    "plain": lambda _: Situation(),
+    # Loaders.
+    "two_loaders": lambda _: Situation(val=lambda: [loader(), loader()], batches=(3, 3)),
+    "combined_loader": lambda _: Situation(
+        Combined, val=lambda: CombinedLoader({"a": loader(), "b": loader()}, "max_size_cycle")
+    ),
+    "sequential_combined_loader": lambda _: Situation(
+        val=lambda: CombinedLoader([loader(), loader()], "sequential"), batches=(3, 3)
+    ),
+    "shuffled": lambda _: Situation(val=lambda: loader(shuffle=True)),
+    "shuffled_by_a_generator": lambda _: Situation(val=lambda: loader(shuffle=True, generator=torch.Generator())),
+    "shuffled_by_epoch": lambda _: Situation(val=lambda: loader(sampler=EpochSampler(examples()))),
+    "persistent_worker": lambda _: Situation(val=lambda: loader(num_workers=1, persistent_workers=True)),
+    "any_iterable": lambda _: Situation(val=lambda: Rotation(list(loader())), batches=(2,), comparable=False),
+    "batch_sampler": lambda _: Situation(
+        val=lambda: DataLoader(examples(), batch_sampler=Rotation([[0, 1], [2], [3, 4]])),
+        batches=(2,),
+        comparable=False,
+    ),
+    "noisy_dataset": lambda _: Situation(val=lambda: DataLoader(NoisyExamples(), batch_size=4), comparable=False),
+    "datamodule": lambda _: Situation(datamodule=Data(), comparable=False),
+    "own_loaders": lambda _: Situation(OwnLoaders, val=None, batches=(2,), comparable=False),
+    "own_loaders_each_epoch": lambda _: Situation(
+        OwnLoaders, val=None, batches=(2,), comparable=False, trainer={"reload_dataloaders_every_n_epochs": 1}
+    ),
+    "own_loaders_never_asked": lambda _: Situation(
+        OwnLoaders, val=None, batches=(2,), comparable=False, stays=(*LOADERS, "chosen"), trainer=NEVER_VALIDATED
+    ),
+    "never_validated": lambda _: Situation(stays=LOADERS, trainer=NEVER_VALIDATED),
+    "no_loader": lambda _: Situation(val=lambda: None, batches=None),
+    "no_batch": lambda _: Situation(val=list, batches=None),
+    # Limits and lengths of a fit.
+    "no_sanity_check": lambda _: Situation(trainer={"num_sanity_val_steps": 0}),
+    "every_second_epoch": lambda _: Situation(trainer={"check_val_every_n_epoch": 2, "max_epochs": 2}),
+    "limit_0": lambda _: Situation(batches=None, trainer={"limit_val_batches": 0}),
+    "limit_2": lambda _: Situation(batches=(2,), trainer={"limit_val_batches": 2}),
+    "fast_dev_run": lambda _: Situation(batches=(1,), trainer={"fast_dev_run": True}),
+    "overfit_batches": lambda _: Situation(batches=(1,), trainer={"overfit_batches": 1}),
+    "max_steps": lambda _: Situation(trainer={"max_steps": 2, "max_epochs": -1}),
+    "max_time": lambda _: Situation(trainer={"max_time": {"seconds": 0.2}, "max_epochs": -1}),
+    "accumulation": lambda _: Situation(trainer={"accumulate_grad_batches": 2}),
+    # What runs beside it.
+    "watchers": lambda path: Situation(FindsCallbacks, comparable=False, trainer=watchers(path)),
+    "averaging": lambda _: Situation(trainer={"callbacks": [WeightAveraging()], "max_epochs": 2}),
+    "swa": lambda _: Situation(
+        trainer={"callbacks": [StochasticWeightAveraging(0.1, swa_epoch_start=1)], "max_epochs": 2}
+    ),
+    "tqdm": lambda _: Situation(trainer={"callbacks": [TQDMProgressBar()], "enable_progress_bar": True}),
+    "rich": lambda _: Situation(trainer={"callbacks": [RichProgressBar()], "enable_progress_bar": True}),
+    "profiler": lambda _: Situation(trainer={"profiler": SimpleProfiler()}),
+    "tensorboard": lambda path: Situation(Writer, trainer=writers(path, TensorBoardLogger)),
+    "csv": lambda path: Situation(Writer, trainer=writers(path, CountingLogger)),
+    "both_loggers": lambda path: Situation(Writer, trainer=writers(path, TensorBoardLogger, CountingLogger)),
+    # Arithmetic.
+    "bf16_mixed": lambda _: Situation(trainer={"precision": "bf16-mixed"}),
+    "bf16_true": lambda _: Situation(trainer={"precision": "bf16-true"}),
+    "float64": lambda _: Situation(trainer={"precision": "64-true"}),
+    # Modules.
+    "manual": lambda _: Situation(Manual, comparable=False, trainer={"num_sanity_val_steps": 0}),
+    "silent": lambda _: Situation(Silent, comparable=False),
+    "silent_dict": lambda _: Situation(SilentDict, comparable=False),
+    "silent_nothing": lambda _: Situation(SilentNothing, comparable=False),
+    "logs_in_many_ways": lambda _: Situation(LogsInManyWays),
+    "stochastic": lambda _: Situation(Stochastic, comparable=False),
+    "metrics": lambda _: Situation(WithMetrics, trainer={"num_sanity_val_steps": 0}),
+    "metrics_never_validated": lambda _: Situation(WithMetrics, stays=LOADERS, trainer=NEVER_VALIDATED),
+    "careless": lambda _: Situation(Careless, comparable=False, trainer={"num_sanity_val_steps": 0}),
+    "careless_never_validated": lambda _: Situation(Careless, comparable=False, stays=LOADERS, trainer=NEVER_VALIDATED),
+    "compiled": lambda _: Situation(Compiled),
+}
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_two_runs_agree_and_leave_no_trace(name: str, tmp_path: Path) -> None:
+    situation = SITUATIONS[name](tmp_path)
+    probe = Probe()
+    module = fit(situation, tmp_path, probe)
+    assert probe.trace(situation.stays) == {}
+    first, second = probe.runs
+    assert first == second
+    assert (first and first.batches) == situation.batches
+    if first is not None and situation.comparable:
+        limits = {"precision", "limit_val_batches", "fast_dev_run", "overfit_batches"} & situation.trainer.keys()
+        fresh = quiet_trainer(tmp_path / "fresh", **{name: situation.trainer[name] for name in limits})
+        fresh.validate(module, situation.val(), verbose=False)
+        scalars = {key: value.item() for key, value in fresh.callback_metrics.items() if value.numel() == 1}
+        assert first.metrics == pytest.approx(scalars)
+
+
+HOOKS = ["on_validation_start", "validation_step", "on_validation_epoch_end", "on_validation_end"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("module", [Careless, Stochastic, WithMetrics, Writer])
+def test_a_run_that_raises_leaves_no_trace(
+    module: type[Tiny], hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untroubled = getattr(module, hook)
+
+    def troubled(self: LightningModule, *args: Any) -> None:
+        untroubled(self, *args)
+        raise RuntimeError("trouble")
+
+    class Catching(Probe):
+        def validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            with monkeypatch.context() as context:
+                context.setattr(module, hook, troubled)
+                with pytest.raises(RuntimeError, match="trouble"):
+                    run_validation(trainer, pl_module)
+
+    probe = Catching()
+    arguments = {"callbacks": [Callback()], "num_sanity_val_steps": 0}
+    fit(
+        Situation(module, trainer={**arguments, **writers(tmp_path, TensorBoardLogger, CountingLogger)}),
+        tmp_path,
+        probe,
+    )
+    assert probe.trace() == {}
+
+
+def test_what_is_drawn_between_two_runs_does_not_show(tmp_path: Path) -> None:
+    class Drawing(Probe):
+        def validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            for _ in range(2):
+                self.runs.append(run_validation(trainer, pl_module))
+                torch.rand(1)
+                random.random()
+                numpy.random.rand()
+
+    probe = Drawing()
+    fit(Situation(Stochastic), tmp_path, probe)
+    assert probe.runs[0] == probe.runs[1]
+
+
+def test_the_loaders_of_the_last_validation_serve_again(tmp_path: Path) -> None:
+    class Comparing(Probe):
+        def validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            super().validate(trainer, pl_module)
+            self.last = {key: trainer.callback_metrics[key].item() for key in ("val/loss", "chosen")}
+
+    probe = Comparing()
+    fit(Situation(OwnLoaders, val=None, trainer={"reload_dataloaders_every_n_epochs": 1}), tmp_path, probe)
+    assert probe.runs[0].metrics == pytest.approx(probe.last)
+
+
+def test_compiled_code_does_not_run(tmp_path: Path) -> None:
+    class Counting(Probe):
+        def validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            assert Compiled.calls > 0
+            calls = Compiled.calls
+            super().validate(trainer, pl_module)
+            assert Compiled.calls == calls
+
+    fit(Situation(Compiled), tmp_path, Counting())
+
+
+def test_metrics_have_the_keys_of_callback_metrics(tmp_path: Path) -> None:
+    for loaders, keys in [(1, {"val/loss"}), (2, {"val/loss/dataloader_idx_0", "val/loss/dataloader_idx_1"})]:
+        probe = Probe()
+        fit(Situation(val=lambda count=loaders: [loader() for _ in range(count)]), tmp_path, probe)
+        assert probe.runs[0].metrics.keys() == keys
+
+
+@pytest.mark.parametrize("module", [Silent, SilentDict])
+def test_a_module_that_logs_nothing_has_the_mean_of_its_returned_losses(module: type[Silent], tmp_path: Path) -> None:
+    probe = Probe()
+    fitted = fit(Situation(module), tmp_path, probe).eval()
+    assert probe.runs[0].metrics == pytest.approx({"loss": fitted.loss(examples().tensors).item()})
+
+
+@pytest.mark.parametrize(
+    ("batches", "mean"),
+    [
+        ([{"a": torch.zeros(3), "b": torch.zeros(5)}, {"a": torch.zeros(1), "b": torch.zeros(5)}], 0.25),
+        (["no", "tensor"], 0.5),
+    ],
+    ids=["of_two_sizes", "of_no_size"],
+)
+def test_returned_losses_are_weighted_as_logged_ones_are(batches: list[Any], mean: float, tmp_path: Path) -> None:
+    class LosesItsIndex(Tiny):
+        def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return torch.tensor(float(batch_idx))
+
+    probe = Probe()
+    fit(Situation(LosesItsIndex, val=lambda: DataLoader(batches, batch_size=None)), tmp_path, probe)
+    assert probe.runs[0].metrics == {"loss": mean}
+
+
+def test_a_module_that_logs_and_returns_nothing_has_no_metrics(tmp_path: Path) -> None:
+    probe = Probe()
+    fit(Situation(SilentNothing), tmp_path, probe)
+    assert probe.runs == [ValidationRun(metrics={}, batches=(3,))] * 2
+
+
+def journal(heard: list[str]) -> LambdaCallback:
+    """A callback that notes every validation hook that it hears."""
+    hooks = [name for name in dir(Callback) if name.startswith("on_validation_")]
+    return LambdaCallback(**{hook: lambda *_, name=hook: heard.append(name) for hook in hooks})
+
+
+def test_measuring_callbacks_hear_the_ordinary_hooks_once_and_nobody_else_does(tmp_path: Path) -> None:
+    measured: list[str] = []
+    watched: list[str] = []
+    measuring = journal(measured)
+
+    class Clearing(Probe):
+        def validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            measured.clear()
+            watched.clear()
+            run_validation(trainer, pl_module, [measuring])
+
+    # The one that measures may be one of the Trainer's own.
+    fit(Situation(trainer={"callbacks": [journal(watched), measuring], "limit_val_batches": 2}), tmp_path, Clearing())
+    assert watched == []
+    batch = ["on_validation_batch_start", "on_validation_batch_end"]
+    assert measured == [
+        "on_validation_start",
+        "on_validation_epoch_start",
+        *batch * 2,
+        "on_validation_epoch_end",
+        "on_validation_end",
+    ]
+
+
+def test_a_loader_that_gives_its_batches_once_shows_in_the_number_of_batches(tmp_path: Path) -> None:
+    class OneShot(IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.rest = iter(list(loader()))
+
+        def __iter__(self) -> Iterator[Any]:
+            return self.rest
+
+    probe = Probe()
+    fit(Situation(val=lambda: DataLoader(OneShot(), batch_size=None), trainer=NEVER_VALIDATED), tmp_path, probe)
+    assert [run.batches for run in probe.runs] == [(3,), (0,)]
+    assert probe.runs[1].metrics == {}
+
+
+def test_the_other_import_name_of_lightning_works(tmp_path: Path) -> None:
+    class StandaloneProbe(Probe, pytorch_lightning.Callback):
+        pass
+
+    probe = StandaloneProbe()
+    trainer = quiet_trainer(tmp_path, pytorch_lightning.Trainer, callbacks=[probe])
+    trainer.fit(StandaloneTiny(), loader(), loader())
+    first, second = probe.runs
+    assert first == second
+    assert first.metrics == pytest.approx({"val/loss": trainer.callback_metrics["val/loss"].item()})
+    assert probe.trace() == {}
+
+
+@pytest.mark.parametrize("interval", [1, 5])
+def test_a_resumed_fit_validates_all_batches(interval: int, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(Tiny(), loader(), loader())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    probe = Probe()
+    resumed = quiet_trainer(tmp_path, callbacks=[probe], max_epochs=2, check_val_every_n_epoch=interval)
+    resumed.fit(Tiny(), loader(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert probe.runs[0] == probe.runs[1]
+    assert probe.runs[0].batches == (3,)
+    assert probe.trace(LOADERS) == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
+def test_the_ranks_of_a_distributed_fit_agree_on_the_returned_loss(tmp_path: Path) -> None:
+    class AssertingProbe(Probe):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            # Each rank has batch statistics of its own; a validation takes those of the first.
+            for buffer in pl_module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+            super().on_train_end(trainer, pl_module)
+            assert self.trace(LOADERS) == {}
+            assert self.runs[0] == self.runs[1]
+            # Twelve examples on two ranks; each rank has its own three batches of two.
+            data = examples(12).tensors
+            assert self.runs[0].batches == (3,)
+            with torch.no_grad():
+                expected = pl_module.eval().loss(data).item()
+            assert self.runs[0].metrics == pytest.approx({"loss": expected})
+
+    def loaders() -> DataLoader[Any]:
+        return DataLoader(examples(12), batch_size=2)
+
+    arguments = {"strategy": "ddp_fork", "devices": 2, **NEVER_VALIDATED}
+    trainer = quiet_trainer(tmp_path, callbacks=[AssertingProbe()], **arguments)
+    trainer.fit(Silent(), loaders(), loaders())

@@ -1,0 +1,336 @@
+"""Folded checkpoints: into any class, in any process, whole or not at all, and never by mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lit_bnfold import BatchNormMLP, FoldingError, load_folded
+from lit_bnfold.checkpoint import MANIFEST, FoldedLoading, save_folded, whole_file
+from lit_bnfold.folding import Fold, FoldingPlan, Part, plan_folding
+from lit_bnfold.folding.rewrite import folded_in_place
+
+pytestmark = [
+    # Lightning makes a tree specification in a way that newer versions of torch deprecate.
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
+    # Loaders without worker processes are what a small test wants.
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+]
+
+# A class of somebody who knows nothing of this package, in a file of its own so that another process can import it.
+FOREIGN = '''
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+
+class Foreign(LightningModule):
+    """Takes an argument that has no default, and has a layer without a bias before a BatchNorm."""
+
+    def __init__(self, width, depth=1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(4, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 3))
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, inputs):
+        return self.norm(self.net(inputs))
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self(batch[0]).square().mean())
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 4)), batch_size=4)
+
+    val_dataloader = train_dataloader
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+'''
+
+namespace: dict[str, Any] = {"__name__": "foreign"}
+exec(FOREIGN, namespace)
+Foreign: type[LightningModule] = namespace["Foreign"]
+
+INPUTS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+
+def idle_trainer(tmp_path: Path, **kwargs: Any) -> Trainer:
+    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(accelerator="cpu", enable_model_summary=False, default_root_dir=tmp_path, **silent, **kwargs)
+
+
+def save(tmp_path: Path, module: LightningModule, args: tuple[Any, ...], folded: bool = True) -> Path:
+    """Save a module, folded or not, as a Trainer saves it."""
+    trainer, path = idle_trainer(tmp_path), tmp_path / ("folded.ckpt" if folded else "plain.ckpt")
+    trainer.strategy.connect(module)
+    if not folded:
+        trainer.save_checkpoint(path, weights_only=True)
+        return path
+    plan = plan_folding(module, args)
+    with folded_in_place(plan, module):
+        save_folded(trainer, module, plan, path)
+    return path
+
+
+@pytest.fixture
+def foreign(randomised: Callable[[nn.Module], nn.Module]) -> LightningModule:
+    module = randomised(Foreign(width=5)).eval()
+    assert isinstance(module, LightningModule)
+    return module
+
+
+@pytest.fixture
+def folded_file(tmp_path: Path, foreign: LightningModule) -> Path:
+    return save(tmp_path, foreign, (INPUTS,))
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_foreign_class_is_loaded_without_a_word(folded_file: Path, foreign: LightningModule) -> None:
+    """Without a warning too: warnings are errors here."""
+    folded = load_folded(Foreign, folded_file)
+    assert type(folded) is Foreign
+    assert not any(module.training for module in folded.modules())
+    assert folded.hparams == {"width": 5, "depth": 1}
+    assert not any(isinstance(module, _BatchNorm) for module in folded.modules())
+    torch.testing.assert_close(folded(INPUTS), foreign(INPUTS), rtol=0, atol=1e-5)
+
+
+def test_layers_without_a_bias_get_theirs_on_loading(folded_file: Path, foreign: LightningModule) -> None:
+    assert foreign.net[0].bias is None
+    bias = load_folded(Foreign, folded_file).net[0].bias
+    assert isinstance(bias, nn.Parameter)
+    assert torch.equal(bias, torch.load(folded_file, weights_only=True)["state_dict"]["net.0.bias"])
+    assert bias.abs().max() > 0.01
+
+
+def test_another_process_loads_what_this_one_folded(
+    folded_file: Path, foreign: LightningModule, tmp_path: Path
+) -> None:
+    (tmp_path / "foreign_module.py").write_text(FOREIGN)
+    torch.save(INPUTS, tmp_path / "inputs.pt")
+    code = (
+        "import torch; from foreign_module import Foreign; from lit_bnfold import load_folded;"
+        "outputs = load_folded(Foreign, 'folded.ckpt')(torch.load('inputs.pt')); torch.save(outputs, 'outputs.pt')"
+    )
+    # Started in a directory of its own, so that it imports the installed package and the file beside it.
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=tmp_path, check=True, timeout=120)
+    torch.testing.assert_close(torch.load(tmp_path / "outputs.pt"), foreign(INPUTS), rtol=0, atol=1e-5)
+
+
+def test_arguments_that_the_file_does_not_hold_are_passed_on(folded_file: Path) -> None:
+    checkpoint = torch.load(folded_file, weights_only=True)
+    del checkpoint["hyper_parameters"]
+    torch.save(checkpoint, folded_file)
+    with pytest.raises(TypeError, match="width"):
+        load_folded(Foreign, folded_file)
+    assert load_folded(Foreign, folded_file, width=5, map_location="cpu").hparams["width"] == 5
+
+
+def test_our_own_module_loads_a_folded_checkpoint_in_the_ordinary_way(
+    tmp_path: Path, randomised: Callable[[nn.Module], nn.Module]
+) -> None:
+    module = randomised(BatchNormMLP(n_hidden=(6, 5))).eval()
+    contexts = torch.randint(27, (9, 3))
+    path = save(tmp_path, module, (contexts,))
+    for folded in (BatchNormMLP.load_from_checkpoint(path).eval(), load_folded(BatchNormMLP, path)):
+        assert type(folded) is BatchNormMLP
+        assert not any("norm" in key for key in folded.state_dict())
+        torch.testing.assert_close(folded(contexts), module(contexts), rtol=0, atol=1e-5)
+
+
+def test_a_folded_module_takes_a_folded_checkpoint_again(folded_file: Path, foreign: LightningModule) -> None:
+    class Mixed(FoldedLoading, Foreign):
+        pass
+
+    module = load_folded(Mixed, folded_file)
+    module.on_load_checkpoint(checkpoint := torch.load(folded_file, weights_only=True))
+    module.load_state_dict(checkpoint["state_dict"])
+    torch.testing.assert_close(module(INPUTS), foreign(INPUTS), rtol=0, atol=1e-5)
+
+
+def test_the_class_keeps_its_own_hooks_and_its_own_strictness(tmp_path: Path) -> None:
+    class Particular(Foreign):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.strict_loading = True
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"] = {f"mine.{key}": value for key, value in checkpoint["state_dict"].items()}
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {key.removeprefix("mine."): value for key, value in state.items()}
+
+    module = Particular(5).eval()
+    folded = load_folded(Particular, save(tmp_path, module, (INPUTS,)))
+    torch.testing.assert_close(folded(INPUTS), module(INPUTS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_loading_is_strict(change: str, folded_file: Path) -> None:
+    checkpoint = torch.load(folded_file, weights_only=True)
+    state = checkpoint["state_dict"]
+    name = "net.3.weight"
+    if change == "missing":
+        del state[name]
+    else:
+        name = "net.9.weight"
+        state[name] = torch.zeros(1)
+    torch.save(checkpoint, folded_file)
+    with pytest.raises(RuntimeError, match=rf"{change.capitalize()} key.*{name}"):
+        load_folded(Foreign, folded_file)
+
+
+# Refusing -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_ordinary_load_into_an_unfolded_class_fails_and_names_load_folded(folded_file: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"load it with lit_bnfold\.load_folded\(ModelClass, path\)"):
+        Foreign.load_from_checkpoint(folded_file)
+
+
+def test_an_unfolded_checkpoint_is_sent_to_the_ordinary_load(tmp_path: Path, foreign: LightningModule) -> None:
+    path = save(tmp_path, foreign, (INPUTS,), folded=False)
+    with pytest.raises(FoldingError, match=r"plain\.ckpt is not folded; Foreign\.load_from_checkpoint loads it"):
+        load_folded(Foreign, path)
+    plain = save(tmp_path, BatchNormMLP(n_hidden=4), (), folded=False)
+    with pytest.raises(FoldingError, match=r"is not folded; BatchNormMLP\.load_from_checkpoint loads it"):
+        load_folded(BatchNormMLP, plain)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt"):
+        load_folded(Foreign, tmp_path / "nowhere.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("fold", "message"),
+    [
+        (Fold("net.7", (Part("net.0"),)), "folds the BatchNorm `net.7`; the model has nothing of that name"),
+        (Fold("net.2", (Part("net.0"),)), "folds the BatchNorm `net.2`; the model has ReLU of that name"),
+        (Fold("net.1", (Part("net.2"),)), "folds into the layer `net.2`; the model has ReLU of that name"),
+        (Fold("net.1", (Part("net.3"),)), "wants 5 outputs of `net.3`, which has 3"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_names_the_first_difference(fold: Fold, message: str, folded_file: Path) -> None:
+    checkpoint = torch.load(folded_file, weights_only=True)
+    checkpoint[MANIFEST] = FoldingPlan((fold,)).to_dict()
+    torch.save(checkpoint, folded_file)
+    with pytest.raises(FoldingError, match=message):
+        load_folded(Foreign, folded_file)
+
+
+def test_a_manifest_of_another_version_is_refused(folded_file: Path) -> None:
+    checkpoint = torch.load(folded_file, weights_only=True)
+    checkpoint[MANIFEST]["version"] = 99
+    torch.save(checkpoint, folded_file)
+    with pytest.raises(FoldingError, match="got version 99"):
+        load_folded(Foreign, folded_file)
+
+
+def test_training_does_not_go_on_from_a_folded_checkpoint(folded_file: Path, tmp_path: Path) -> None:
+    class Mixed(FoldedLoading, Foreign):
+        pass
+
+    trainer = idle_trainer(tmp_path, max_epochs=1, log_every_n_steps=1)
+    with pytest.raises(FoldingError, match="Training cannot go on from a folded checkpoint"):
+        trainer.fit(Mixed(5), ckpt_path=folded_file, weights_only=True)
+    # A class that knows nothing of folding stops too, at the keys of its state dict, and says where to go.
+    with pytest.raises(RuntimeError, match="load_folded"):
+        trainer.fit(Foreign(5), ckpt_path=folded_file, weights_only=True)
+    # To measure a folded checkpoint is another matter.
+    trainer.validate(Mixed(5), ckpt_path=folded_file, weights_only=True, verbose=False)
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folded_file_holds_plain_types_and_no_batchnorm(folded_file: Path) -> None:
+    checkpoint = torch.load(folded_file, weights_only=True)
+    assert [fold["batchnorm"] for fold in checkpoint[MANIFEST]["folds"]] == ["net.1", "norm"]
+    assert not [key for key in checkpoint["state_dict"] if "norm" in key or key.startswith("net.1.")]
+    assert not {"optimizer_states", "lr_schedulers", "callbacks"} & checkpoint.keys()
+    assert [path.name for path in folded_file.parent.iterdir()] == ["folded.ckpt"]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_failed_save_leaves_no_file_and_an_older_one_untouched(
+    older: bool, tmp_path: Path, foreign: LightningModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folded.ckpt"
+    if older:
+        path.write_bytes(b"older")
+
+    def half_way(checkpoint: Any, file: Any, *_: Any, **__: Any) -> None:
+        file.write(b"half") if hasattr(file, "write") else Path(file).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half_way)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path, foreign, (INPUTS,))
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == ({"folded.ckpt": b"older"} if older else {})
+    # The module saves in its own way again.
+    assert "on_save_checkpoint" not in vars(foreign)
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    path, trainer = tmp_path / "new" / "file", idle_trainer(tmp_path)
+    with whole_file(path, trainer) as part:
+        part.write_bytes(b"first")
+        assert not path.exists()
+    with whole_file(path, trainer) as part:
+        part.write_bytes(b"second")
+        assert path.read_bytes() == b"first"
+    assert [each.read_bytes() for each in path.parent.iterdir()] == [b"second"]
+
+
+def test_a_file_that_is_half_written_is_taken_away(tmp_path: Path) -> None:
+    def half_way() -> None:
+        with whole_file(tmp_path / "file", idle_trainer(tmp_path)) as part:
+            part.write_bytes(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        half_way()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trainer_that_saves_in_the_background_waits_for_this_file(tmp_path: Path, foreign: LightningModule) -> None:
+    background = AsyncCheckpointIO()
+    trainer = idle_trainer(tmp_path, plugins=[background])
+    trainer.strategy.connect(foreign)
+    plan = plan_folding(foreign, (INPUTS,))
+    with folded_in_place(plan, foreign):
+        save_folded(trainer, foreign, plan, tmp_path / "folded.ckpt")
+    assert trainer.strategy.checkpoint_io is background
+    torch.testing.assert_close(load_folded(Foreign, tmp_path / "folded.ckpt")(INPUTS), foreign(INPUTS))
+
+
+def test_what_the_modules_own_hook_adds_is_saved_too(tmp_path: Path, foreign: LightningModule) -> None:
+    foreign.on_save_checkpoint = lambda checkpoint: checkpoint.update(note=1)
+    own = foreign.on_save_checkpoint
+    checkpoint = torch.load(save(tmp_path, foreign, (INPUTS,)), weights_only=True)
+    assert checkpoint["note"] == 1
+    assert foreign.on_save_checkpoint is own
+
+
+def test_a_module_is_saved_by_what_it_computes(folded_file: Path, foreign: LightningModule) -> None:
+    """The rounding of the fold is the only difference: in the file is what ``fold_batchnorm`` gives, bit for bit."""
+    expected: Tensor = plan_folding(foreign, (INPUTS,)).apply(foreign)(INPUTS)
+    assert torch.equal(load_folded(Foreign, folded_file)(INPUTS), expected)

@@ -1,0 +1,422 @@
+"""The command line as a user types it: every configuration, every file it leaves, every way it can end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_bnfold import BatchNormFolding, BatchNormMLP
+from lit_bnfold.cli import NamesCLI, main
+
+pytestmark = [
+    # In these tests the arguments of the process are pytest's, and those of `main` are given.
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended to run from within Python"),
+    # Lightning makes a tree specification in a way that newer versions of torch deprecate.
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
+    # A resumed run writes into a directory of its own, except where there is no logger.
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    # Lightning calls what newer versions of jsonargparse deprecate.
+    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning:DeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:[\s\S]*(was|were) deprecated in v4:DeprecationWarning"),
+    # Five steps are fewer than the fifty between two written training losses.
+    pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
+]
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+SHORT = ["--trainer.max_steps", "5", "--trainer.val_check_interval", "5"]
+COMMAND = Path(sysconfig.get_path("scripts")) / "lit-bnfold"
+
+REPORT_KEYS = {"folds", "kept", "validation", "output_error", "weights", "tolerance", "versions", "mismatch"}
+FILES = {"folded.ckpt", "folding.json", "config.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+
+
+@dataclass
+class Run:
+    """What a command in this process left behind: its directory, its module and its metrics."""
+
+    root: Path
+    module: LightningModule
+    metrics: dict[str, float]
+
+    @property
+    def directory(self) -> Path:
+        return max((self.root / "lightning_logs").iterdir(), key=lambda path: int(path.name.split("_")[1]))
+
+    @property
+    def report(self) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads((self.directory / "folding.json").read_text())
+        return report
+
+    def state(self, name: str = "checkpoints/last.ckpt") -> Any:
+        return torch.load(self.directory / name, weights_only=True)
+
+
+def command(root: Path, *args: object) -> Run:
+    """Run one command in this process."""
+    runs: list[Run] = []
+
+    def after(cli: NamesCLI) -> None:
+        metrics = {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
+        runs.append(Run(root, cli.model, metrics))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in NamesCLI.subcommands():
+            patch.setattr(NamesCLI, f"after_{name}", after, raising=False)
+        main([*map(str, args), "--trainer.default_root_dir", str(root), *QUIET])
+    return runs[0]
+
+
+def leaves(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """Run a command that fails, and return what it says about that."""
+    with pytest.raises(SystemExit) as exit_:
+        main([*map(str, args)])
+    said = exit_.value.code if isinstance(exit_.value.code, str) else capsys.readouterr().err
+    assert exit_.value.code not in (0, None)
+    assert "Traceback" not in said
+    return said
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two state dicts are equal bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+# Every configuration --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=[path.stem for path in CONFIGS])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A fit of five steps with one of the configurations."""
+    torch.set_num_threads(1)
+    return command(tmp_path_factory.mktemp(request.param.stem), "fit", "--config", request.param, *SHORT)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A fit of the small network."""
+    return command(tmp_path_factory.mktemp("smoke"), "fit", "--config", CONFIGS[0].parent / "smoke.yaml", *SHORT)
+
+
+def test_there_are_configurations() -> None:
+    assert {path.stem for path in CONFIGS} >= {"notebook", "quick", "smoke"}
+
+
+def test_a_fit_leaves_whole_files(trained: Run) -> None:
+    files = {path.relative_to(trained.directory).as_posix() for path in trained.directory.rglob("*") if path.is_file()}
+    assert files >= FILES
+    assert not [name for name in files if name.endswith(".part")]
+    assert trained.state()["global_step"] == 5
+
+
+def test_the_report_has_what_the_readme_promises(trained: Run) -> None:
+    report = trained.report
+    assert report.keys() >= REPORT_KEYS
+    norms = [name for name, module in trained.module.named_modules() if isinstance(module, torch.nn.BatchNorm1d)]
+    assert [fold["batchnorm"] for fold in report["folds"]] == norms
+    assert len(norms) == len(trained.module.hparams["n_hidden"]) + 1
+    assert all(fold["max_rel_error"] < 1e-5 and "max_abs_error" in fold for fold in report["folds"])
+    assert report["kept"] == []
+    assert report["mismatch"] is None
+    assert report["weights"] == "last"
+    assert set(report["output_error"]) == {"max_abs", "max_rel"}
+    assert set(report["versions"]) >= {"lit_bnfold", "torch", "lightning"}
+    assert set(report["validation"]["original"]) == {"val/loss", "val/perplexity", "val/accuracy", "val/top5"}
+    assert report["validation"]["folded"] == pytest.approx(report["validation"]["original"], rel=1e-5)
+    assert report["validation"]["original"]["val/loss"] == pytest.approx(trained.metrics["val/loss"], abs=1e-6)
+
+
+def test_the_numbers_are_in_the_event_file_at_the_last_step(trained: Run) -> None:
+    events = EventAccumulator(str(trained.directory)).Reload()
+    keys = {f"folding/{version}/{key}" for version, values in trained.report["validation"].items() for key in values}
+    keys |= {"folding/max_abs_error", "folding/max_rel_error", "folding/folds", "folding/kept"}
+    assert keys == {key for key in events.Tags()["scalars"] if key.startswith("folding/")}
+    assert keys <= trained.metrics.keys()
+    assert {(event.step, len(events.Scalars(key))) for key in keys for event in events.Scalars(key)} == {(5, 1)}
+
+
+def test_the_folded_checkpoint_tests_as_the_original_does(trained: Run) -> None:
+    paths = [trained.directory / name for name in ("folded.ckpt", "checkpoints/last.ckpt")]
+    folded, original = (command(trained.root / "test", "test", "--ckpt_path", path) for path in paths)
+    assert folded.metrics.keys() == {"test/loss", "test/perplexity", "test/accuracy", "test/top5"}
+    assert folded.metrics == pytest.approx(original.metrics, rel=1e-5)
+    assert not [key for key in folded.module.state_dict() if "norm" in key]
+    assert [key for key in original.module.state_dict() if "norm" in key]
+
+
+# What a run is --------------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_with_one_seed_are_the_same(smoke: Run, tmp_path: Path) -> None:
+    again = command(tmp_path, "fit", "--config", CONFIGS[0].parent / "smoke.yaml", *SHORT)
+    assert again.report == smoke.report
+    assert again.metrics == smoke.metrics
+    assert equal(again.state()["state_dict"], smoke.state()["state_dict"])
+    other = command(tmp_path, "fit", "--config", CONFIGS[0].parent / "smoke.yaml", *SHORT, "--seed_everything", 1)
+    assert other.report["validation"] != smoke.report["validation"]
+
+
+def test_folding_a_checkpoint_is_what_fit_did(smoke: Run, tmp_path: Path) -> None:
+    last = smoke.directory / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    command(tmp_path, "fold", "--ckpt_path", last, "--folding.dirpath", tmp_path / "folded")
+    folded, of_fit = torch.load(tmp_path / "folded" / "folded.ckpt", weights_only=True), smoke.state("folded.ckpt")
+    for key in ("state_dict", "batchnorm_folding", "hyper_parameters"):
+        assert equal(folded[key], of_fit[key]), key
+    report = json.loads((tmp_path / "folded" / "folding.json").read_text())
+    assert report.pop("weights") == f"checkpoint {last}"
+    assert report == {key: value for key, value in smoke.report.items() if key != "weights"}
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"folded.ckpt", "folding.json"}
+    assert last.read_bytes() == before
+
+
+def test_the_best_weights_are_folded_on_request(tmp_path: Path) -> None:
+    steps = ["--trainer.max_steps", 6, "--trainer.val_check_interval", 2, "--model.lr", 3.0]
+    run = command(tmp_path, "fit", "--config", CONFIGS[0].parent / "smoke.yaml", *steps, "--folding.weights", "best")
+    best = run.state("checkpoints/best.ckpt")
+    assert run.report["weights"].startswith("best: ")
+    validated = command(tmp_path / "best", "validate", "--ckpt_path", run.directory / "checkpoints" / "best.ckpt")
+    assert validated.metrics == pytest.approx(run.report["validation"]["original"], rel=1e-6)
+    assert best["global_step"] in (2, 4, 6)
+
+
+def test_without_a_logger_the_files_lie_in_the_root(tmp_path: Path) -> None:
+    without = ["--trainer.logger", "false"]
+    command(tmp_path, "fit", "--config", CONFIGS[0].parent / "smoke.yaml", *SHORT, *without)
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == FILES
+    resumed = command(tmp_path, "fit", "--ckpt_path", "last", "--trainer.max_steps", 7, *without)
+    assert resumed.module.trainer.global_step == 7
+
+
+def test_a_trial_run_leaves_nothing(tmp_path: Path) -> None:
+    command(tmp_path, "fit", "--config", CONFIGS[0].parent / "smoke.yaml", "--trainer.fast_dev_run", "true")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+# Stopping and going on ------------------------------------------------------------------------------------------------
+
+
+class Stop(Callback):
+    """Stops a training in the middle of a step, as Ctrl-C does."""
+
+    step = 0
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    """A few words, in epochs of about ten steps."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    path = tmp_path / "a few words.txt"
+    path.write_text("\n".join(letters[i % 23 : i % 23 + 2 + i % 3] for i in range(100)) + "\nz\nx\nzx\nzxy\n")
+    return path
+
+
+@pytest.mark.parametrize("stop", [4, 7, 14], ids=["before_a_save", "in_an_epoch", "in_another_epoch"])
+@pytest.mark.parametrize("how", ["max_steps", "interrupt"])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(how: str, stop: int, words: Path, tmp_path: Path) -> None:
+    fit = ["fit", "--config", CONFIGS[0].parent / "smoke.yaml", "--data.words", words, "--data.block_size", 2]
+    # The learning rate falls and the checkpoint is saved in the middle of what follows.
+    fit += ["--model.milestones", "[9]", "--last_checkpoint.every_n_train_steps", 6, "--trainer.max_steps"]
+    whole = command(tmp_path / "whole", *fit, 25)
+    assert 9 < whole.module.trainer.num_training_batches < 14
+    assert whole.module.trainer.current_epoch >= 2
+
+    root = tmp_path / "stopped"
+    if how == "max_steps":
+        command(root, *fit, stop)
+    else:
+        stopped = [*fit, 25, "--trainer.callbacks", json.dumps([{"class_path": f"{__name__}.Stop"}])]
+        with pytest.MonkeyPatch.context() as patch:
+            # Lightning stops listening to the signal once it has come, which would outlive this test.
+            patch.setattr(signal, "signal", lambda *_: None)
+            patch.setattr(Stop, "step", stop)
+            with pytest.raises(SystemExit, match="1"):
+                command(root, *stopped)
+    saved = torch.load(next(root.rglob("last.ckpt")), weights_only=True)["global_step"]
+    assert saved == (stop if how == "max_steps" else stop // 6 * 6)
+    # What the data and the network were is in the checkpoint.
+    resumed = command(root, "fit", "--ckpt_path", "last", "--trainer.max_steps", 25)
+    assert resumed.module.trainer.global_step == 25
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        assert equal(resumed.state()[key], whole.state()[key]), key
+    assert resumed.report == whole.report
+    assert equal(resumed.state("folded.ckpt")["state_dict"], whole.state("folded.ckpt")["state_dict"])
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_folds_it(tmp_path: Path) -> None:
+    """In a process of its own, started as ``python -m lit_bnfold``."""
+    root = tmp_path / "a root"
+    args = ["--trainer.default_root_dir", root, "--model.n_hidden", "[16]", "--data.block_size", "4"]
+    args += ["--last_checkpoint.every_n_train_steps", "20", "--trainer.enable_model_summary", "false"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lit_bnfold", "fit", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        said, deadline = b"", time.monotonic() + 60
+        while b"Epoch 0:   " not in said and process.poll() is None and time.monotonic() < deadline:
+            said += process.stdout.read() or b""
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        os.set_blocking(process.stdout.fileno(), True)
+        said += process.stdout.read()
+    output = said.decode()
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    offered = re.search(r"Nothing was folded\. To fold the last checkpoint: (lit-bnfold fold --ckpt_path .*)", output)
+    assert offered, output
+    assert not list(tmp_path.rglob("*.part"))
+
+    name, *rest = shlex.split(offered[1])
+    assert COMMAND.name == name
+    done = subprocess.run([COMMAND, *rest], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(next(root.rglob("folding.json")).read_text())
+    assert len(report["folds"]) == 2
+    assert report["mismatch"] is None
+    folded = BatchNormMLP.load_from_checkpoint(next(root.rglob("folded.ckpt")))
+    assert folded.hparams["block_size"] == 4
+
+
+# What it refuses ------------------------------------------------------------------------------------------------------
+
+
+def test_training_does_not_go_on_from_a_folded_checkpoint(
+    smoke: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = ["--trainer.default_root_dir", tmp_path]
+    said = leaves(capsys, "fit", "--ckpt_path", smoke.directory / "folded.ckpt", *QUIET, *root)
+    assert said.startswith("lit-bnfold: Training cannot go on from a folded checkpoint")
+    assert "\n" not in said
+
+
+def test_a_folded_checkpoint_is_not_folded_again(smoke: Run, tmp_path: Path) -> None:
+    """There is nothing left to fold: the same weights come out."""
+    path = smoke.directory / "folded.ckpt"
+    command(tmp_path, "fold", "--ckpt_path", path, "--folding.dirpath", tmp_path / "again")
+    again = torch.load(tmp_path / "again" / "folded.ckpt", weights_only=True)
+    assert equal(again["state_dict"], smoke.state("folded.ckpt")["state_dict"])
+
+
+WRONG = {
+    "missing_words": (["fit", "--data.words", "nowhere.txt"], "lit-bnfold: Expected a words file at nowhere.txt"),
+    "empty_words": (["fit", "--data.words", "empty.txt"], "lit-bnfold: empty.txt, line 1: expected a word"),
+    "bad_words": (["fit", "--data.words", "bad.txt"], "lit-bnfold: bad.txt, line 2: 'b.c' contains '.'"),
+    "binary_words": (["fit", "--data.words", "binary.txt"], "is not UTF-8"),
+    "few_words": (["fit", "--data.words", "few.txt"], "lit-bnfold: few.txt: expected words for every split, got 2"),
+    "missing_checkpoint": (["test", "--ckpt_path", "nowhere.ckpt"], "lit-bnfold: Checkpoint file not found"),
+    "missing_checkpoint_to_fold": (["fold", "--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
+    "no_checkpoint": (["test", "--ckpt_path", "bad.txt"], "lit-bnfold: Expected a checkpoint of Lightning at bad.txt"),
+    "nothing_to_go_on_from": (["fit", "--ckpt_path", "last"], "last.ckpt in"),
+    "fold_of_what": (["fold"], "ckpt_path"),
+    "unknown_flag": (["fit", "--nonsense", "3"], "--nonsense"),
+    "wrong_type": (["fit", "--trainer.max_steps", "many"], "max_steps"),
+    "no_subcommand": ([], "{fit,validate,test,fold"),
+    "unknown_subcommand": (["train"], "train"),
+    "missing_config": (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    "wrong_value": (["fit", "--folding.tolerance", "0"], "lit-bnfold: tolerance: expected a number above 0 or None"),
+    "wrong_choice": (["fit", "--folding.weights", "first"], "weights"),
+    "wrong_size": (["fit", "--data.block_size", "0"], "lit-bnfold: block_size: expected at least 1, got 0"),
+    "wrong_device": (
+        ["fit", "--trainer.accelerator", "abacus"],
+        "lit-bnfold: You selected an invalid accelerator name",
+    ),
+    "wrong_number": (["fit", "--trainer.max_steps", "-5"], "lit-bnfold: `max_steps` must be"),
+    "file_as_directory": (["fit", "--folding.dirpath", "bad.txt"], "lit-bnfold: dirpath: expected a directory"),
+    "no_such_key": (["fit", "--checkpoint.monitor", "val/nothing", *SHORT], "val/nothing"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mistake_is_named_in_a_sentence(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file, content in (("empty", b""), ("bad", b"a\nb.c\n"), ("binary", b"a\xff\n"), ("few", b"ab\ncd\n")):
+        (tmp_path / f"{file}.txt").write_bytes(content)
+    args, sentence = WRONG[name]
+    said = leaves(capsys, *args, *(QUIET if args[:1] in (["fit"], ["test"]) else []))
+    assert sentence in said
+    assert not list(tmp_path.rglob("*.ckpt")) or name == "no_such_key"
+
+
+def test_a_checkpoint_of_other_words_is_refused(
+    smoke: Run, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = smoke.directory / "checkpoints" / "last.ckpt"
+    greek = tmp_path / "greek.txt"
+    greek.write_text("\n".join("αβγδεζηθικλμνξοπρστυφχψωςϊ" for _ in range(20)), encoding="utf-8")
+    said = leaves(capsys, "test", "--ckpt_path", last, "--data.words", greek, *QUIET, "--trainer.logger", "false")
+    assert "expected the 27 characters of the checkpoint" in said
+    few = tmp_path / "few.txt"
+    few.write_text("\n".join(["ab", "ba"] * 20))
+    said = leaves(capsys, "test", "--ckpt_path", last, "--data.words", few, *QUIET, "--trainer.logger", "false")
+    assert "size mismatch" in said
+
+
+@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["fold", "--help"]])
+def test_help_is_given(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    assert exit_.value.code == 0
+    said = capsys.readouterr().out
+    assert "usage:" in said
+    expected = {"--help": "fold", "fit": "--folding.tolerance", "fold": "--ckpt_path"}
+    assert expected[args[0]] in said
+
+
+# The notebook's own run -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_quick_run_trains_as_the_notebook_does_and_ships_without_batchnorm(seed: int, tmp_path: Path) -> None:
+    seeds = ["--seed_everything", seed, "--data.seed", 42]
+    quick = CONFIGS[0].parent / "quick.yaml"
+    run = command(tmp_path, "fit", "--config", quick, *seeds, "--trainer.log_every_n_steps", 1)
+    assert sum(parameter.numel() for parameter in run.module.parameters()) == 16_651
+    first = EventAccumulator(str(run.directory)).Reload().Scalars("train/loss")[0].value
+    assert first == pytest.approx(3.31, abs=0.06)
+    original, folded = run.report["validation"]["original"], run.report["validation"]["folded"]
+    assert 2.40 < original["val/loss"] < 2.47
+    assert folded == pytest.approx(original, rel=1e-5)
+    assert run.state()["global_step"] == 1_001
+    state = run.state("folded.ckpt")["state_dict"]
+    assert not [key for key in state if "norm" in key or "running" in key]
+    paths = [run.directory / name for name in ("folded.ckpt", "checkpoints/last.ckpt")]
+    tested = [command(tmp_path / "test", "test", "--ckpt_path", path).metrics for path in paths]
+    assert tested[0] == pytest.approx(tested[1], rel=1e-5)
+    assert 2.40 < tested[0]["test/loss"] < 2.47
+
+
+def test_the_command_line_offers_the_callback_as_it_is() -> None:
+    """A default that the command line changed would not be what the README says of the callback."""
+    folding = BatchNormFolding()
+    assert (folding.weights, folding.tolerance, folding.on_mismatch, folding.replace) == ("last", None, "raise", False)
