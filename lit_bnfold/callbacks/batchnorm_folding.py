@@ -194,7 +194,8 @@ class BatchNormFolding(Callback):
             layer_errors = [folded.error_of(fold) for fold in plan.folds]
             outputs = output_error(plan, original, folded)
             tolerance = self.tolerance or _default_tolerance(trainer, pl_module)
-            self.report = make_report(plan, layer_errors, (before, after), outputs, weights, tolerance)
+            runs = (before, after)
+            self.report = make_report(plan, layer_errors, runs, outputs, weights, tolerance, folded.stray)
             if self.report["mismatch"] is None:
                 self._write(trainer, pl_module, plan, directory)
         self.plan = plan
@@ -251,6 +252,11 @@ class BatchNormFolding(Callback):
         elif self.replace:
             self.plan.apply(pl_module, inplace=True)
             self.folded_module = pl_module
+        if self.report["moved"]:
+            moved = ", ".join(self.report["moved"])
+            rank_zero_warn(
+                f"Folding moved {moved} by more than rounding explains; look at the report before you use it."
+            )
         if trainer.is_global_zero:
             print_report(self.report)
 
@@ -280,6 +286,11 @@ class BatchNormFolding(Callback):
         finally:
             if self.folded_module is not pl_module:
                 pl_module.load_state_dict(last, strict=pl_module.strict_loading)
+
+    @property
+    def state_key(self) -> str:
+        """What tells the states of two of these callbacks in one Trainer apart."""
+        return f"BatchNormFolding(weights={self.weights!r}, dirpath={self.dirpath!r})"
 
     def state_dict(self) -> dict[str, Any]:
         """The report, so that checkpoints of a folded run hold it."""

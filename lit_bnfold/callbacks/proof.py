@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import zip_longest
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from lit_bnfold.folding import Fold, FoldingPlan, Part
 from lit_bnfold.folding.census import layer_kind, own_tensors
-from lit_bnfold.folding.plan import make_plan
 from lit_bnfold.folding.record import Recorder, tensors_in
+from lit_bnfold.folding.search import make_plan
 from lit_bnfold.folding.transparent import UNTOUCHED
 from lit_bnfold.metrics import OutputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_Function = Callable[..., Tensor]
 
 
 class OutermostCall(NamedTuple):
@@ -116,24 +120,69 @@ class GraphWitness(Witness):
 class LayerWitness(Witness):
     """Compares each folded layer with the BatchNorms applied after the unfolded layer, on the same inputs.
 
+    On the batches behind the first it counts calls: the plan is for modules that are called as on the first one.
+
     Args:
         pl_module: The module before it is folded.
         plan: The plan by which it is going to be folded.
 
     Attributes:
         errors: The error of each layer that takes part in a fold, by name.
+        stray: A sentence about the first batch that took another path; None if none did.
     """
 
     def __init__(self, pl_module: LightningModule, plan: FoldingPlan) -> None:
         super().__init__(pl_module)
         modules = dict(pl_module.named_modules())
         self._layers = {part.layer: modules[part.layer] for fold in plan.folds for part in fold.parts}
-        self._unfolded = {name: _snapshot(layer) for name, layer in self._layers.items()}
-        self._batchnorms: dict[str, list[tuple[nn.Module, Part]]] = defaultdict(list)
+        self._expected: dict[str, _Function] = {name: _snapshot(layer) for name, layer in self._layers.items()}
         for fold in plan.folds:
             for part in fold.parts:
-                self._batchnorms[part.layer].append((_snapshot(modules[fold.batchnorm]), part))
+                batchnorm, before = _snapshot(modules[fold.batchnorm]), self._expected[part.layer]
+                axis = _channel_axis(modules[part.layer])
+                self._expected[part.layer] = _with_batchnorm(fold.direction, before, batchnorm, part, axis)
         self.errors = {name: OutputError() for name in self._layers}
+        self.stray: str | None = None
+        self._plan = plan
+        self._counted = {name: modules[name] for fold in plan.folds for name in (fold.batchnorm, *fold.layers)}
+        self._counts: Counter[str] = Counter()
+        self._usual: dict[tuple[str, str], tuple[int, int]] = {}
+        self._counting = ExitStack()
+
+    def __enter__(self) -> Self:
+        for name, module in self._counted.items():
+            hook = module.register_forward_pre_hook(lambda *_, name=name: self._counts.update([name]))
+            self._counting.callback(hook.remove)
+        return super().__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._counting.close()
+        super().__exit__(kind, error, trace)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop watching, and compare how often each layer and its BatchNorm were called."""
+        super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        for fold in self._plan.folds:
+            for layer in fold.layers:
+                calls = (self._counts[layer], self._counts[fold.batchnorm])
+                usual = self._usual.setdefault((layer, fold.batchnorm), calls) if any(calls) else calls
+                # A loop may run more often on another batch; the proportion stays.
+                if calls[0] * usual[1] != calls[1] * usual[0] and self.stray is None:
+                    self.stray = (
+                        f"batch {batch_idx} of validation loader {dataloader_idx} calls `{layer}` {calls[0]} times and "
+                        f"`{fold.batchnorm}` {calls[1]} times, unlike the first batch"
+                    )
+        self._counts.clear()
 
     def watch(self) -> None:
         """Begin to watch whatever the module does next in this thread."""
@@ -142,11 +191,7 @@ class LayerWitness(Witness):
             self._watching.callback(layer.register_forward_hook(partial(self._compare, name), with_kwargs=True).remove)
 
     def _compare(self, name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        kind = layer_kind(layer)
-        assert kind is not None
-        expected = self._unfolded[name](*args, **kwargs)
-        for batchnorm, part in self._batchnorms[name]:
-            expected = _normalise(expected, batchnorm, part, kind.channel_axis)
+        expected = self._expected[name](*args, **kwargs)
         self.errors[name].to(output.device).update(output, expected)
 
     def error_of(self, fold: Fold) -> dict[str, float]:
@@ -230,6 +275,26 @@ def _snapshot(module: nn.Module) -> nn.Module:
         for key, parameter in module._parameters.items()
     }
     return twin
+
+
+def _channel_axis(layer: nn.Module) -> int:
+    kind = layer_kind(layer)
+    assert kind is not None
+    return kind.channel_axis
+
+
+def _with_batchnorm(direction: str, layer: _Function, batchnorm: nn.Module, part: Part, axis: int) -> _Function:
+    """A layer and the BatchNorm that goes into it, as they were: behind it, before it or beside it."""
+
+    def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if direction == "backward":
+            return _normalise(layer(input, *args, **kwargs), batchnorm, part, axis)
+        normalised = _normalise(input, batchnorm, part, axis)
+        if direction == "forward":
+            return layer(normalised, *args, **kwargs)
+        return layer(input, *args, **kwargs) + normalised
+
+    return run
 
 
 def _normalise(output: Tensor, batchnorm: Any, part: Part, channel_axis: int) -> Tensor:

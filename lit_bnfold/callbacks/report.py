@@ -29,6 +29,7 @@ def make_report(
     output_error: Mapping[str, float] | None,
     weights: str,
     tolerance: float,
+    stray: str | None = None,
 ) -> Report:
     """Put together what a folding did and what its proof measured.
 
@@ -39,9 +40,12 @@ def make_report(
         output_error: The same two errors of the module's outputs, None where they were not compared.
         weights: Which weights were folded, in words.
         tolerance: The largest relative error that counts as agreement.
+        stray: A sentence about a batch that took another path than the one the plan was made for, if there was one.
 
     Returns:
         Plain dicts, lists, strings and numbers. ``mismatch`` says in a sentence what does not agree; None if all does.
+        ``moved`` names the metrics that moved by more than rounding explains, which alone is no mismatch: the loss of
+        a perfect model is all rounding, and an accuracy jumps where two classes were equally likely.
     """
     report: Report = {
         "folds": [
@@ -69,8 +73,15 @@ def make_report(
             "python": platform.python_version(),
         },
     }
-    report["mismatch"] = _mismatch(report, [run.batches for run in runs if run])
+    report["mismatch"] = stray or _mismatch(report, [run.batches for run in runs if run])
+    original, folded = report["validation"]["original"], report["validation"]["folded"]
+    report["moved"] = [key for key in original if _has_moved(original[key], folded.get(key, math.nan), tolerance)]
     return report
+
+
+def _has_moved(original: float, folded: float, tolerance: float) -> bool:
+    agree = original == folded or (math.isnan(original) and math.isnan(folded))
+    return not agree and not abs(folded - original) <= 100 * tolerance * abs(original)
 
 
 def _mismatch(report: Report, batches: list[tuple[int, ...]]) -> str | None:

@@ -18,15 +18,19 @@ Example:
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lit_bnfold.folding.graph import FoldingError
-from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part, make_plan
-from lit_bnfold.folding.record import Recorder
+from lit_bnfold.folding.graph import FoldingError, ValueGraph
+from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
+from lit_bnfold.folding.record import Recorder, tensors_in
+from lit_bnfold.folding.rewrite import copy_model, disguise
+from lit_bnfold.folding.search import make_plan
 
 __all__ = ["Fold", "FoldingError", "FoldingPlan", "Kept", "Part", "fold_batchnorm", "plan_folding"]
 
@@ -38,7 +42,8 @@ def plan_folding(
 ) -> FoldingPlan:
     """Find out which BatchNorms of a model can be folded, and why the others cannot; the model is not touched.
 
-    The model is copied, except for its parameters and buffers, and the copy is run once in eval mode without gradients.
+    The model is copied, except for its parameters and buffers, and the copy is run in eval mode without gradients:
+    once as it is and, if anything can be folded, once with those BatchNorms looking like ``nn.Identity``.
 
     Args:
         model: The model.
@@ -55,16 +60,17 @@ def plan_folding(
     Example:
         >>> plan = plan_folding(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3)), (torch.randn(4, 3),))
         >>> plan.kept[0].reason
-        'it normalises what `relu` in `0` made, which is no layer'
+        'it normalises what `relu` in `0` made, which is no layer; and the output of `1` is returned by the model'
     """
-    twin = _twin(model)
-    twin.eval()
-    with torch.random.fork_rng(_cuda_devices(model)), torch.no_grad(), Recorder(twin) as recorder:
-        try:
-            twin(*example_args, **(example_kwargs or {}))
-        except Exception as error:
-            raise FoldingError(f"The model does not run on the example it was given: {error}") from error
-    return make_plan(recorder.graph)
+    example = (tuple(example_args), dict(example_kwargs or {}))
+    graph = _record(_twin(model), *example)
+    plan = make_plan(graph)
+    if plan.folds and not _runs_alike(plan, graph, _twin(model), *example):
+        reason = "the model looks at its modules, and does something else once BatchNorms of it are `nn.Identity`"
+        folded = {fold.batchnorm: Kept(fold.batchnorm, reason, "structure-read") for fold in plan.folds}
+        kept = folded | {kept.batchnorm: kept for kept in plan.kept}
+        plan = FoldingPlan(kept=tuple(kept[name] for name in graph.batchnorms))
+    return plan
 
 
 def fold_batchnorm(
@@ -99,13 +105,55 @@ def fold_batchnorm(
     return folded
 
 
-def _twin(model: _Model) -> _Model:
-    """A copy of the model around the same parameters and buffers; running it leaves no trace in the model."""
-    tensors = [*model.parameters(), *model.buffers()]
+def _record(twin: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ValueGraph:
+    """What one run in eval mode does; a dict or a list that the model empties is a copy."""
+    args, kwargs = copy.deepcopy((args, kwargs), {id(tensor): tensor for tensor in tensors_in((args, kwargs))})
+    twin.eval()
+    with torch.random.fork_rng(_cuda_devices(twin)), torch.no_grad(), _nothing_compiled(), Recorder(twin) as recorder:
+        try:
+            # What the run gives lives until the recorder is closed: whatever it holds back counts as held by somebody.
+            _output = twin(*args, **kwargs)
+        except Exception as error:
+            raise FoldingError(f"The model does not run on the example it was given: {error}") from error
+    return recorder.graph
+
+
+def _runs_alike(
+    plan: FoldingPlan, graph: ValueGraph, twin: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether a model whose folded BatchNorms look like ``nn.Identity`` does the same as before.
+
+    It does not if it asks what class a module is of, for one, or counts its parameters.
+    """
+    names = {fold.batchnorm for fold in plan.folds}
+    disguise(names, twin)
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    except Exception as error:
-        raise FoldingError(f"The model cannot be copied to be run: {error}") from error
+        return _record(twin, args, kwargs).outline(names) == graph.outline(names)
+    except FoldingError:
+        return False
+
+
+def _twin(model: _Model) -> _Model:
+    """A copy of the model around the memory of its parameters and buffers; running it leaves no trace in the model."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy_model(model, {id(tensor): _stand_in(tensor) for tensor in tensors})
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """Another tensor on the same memory: code that holds on to the model's own, as a closure does, then stands out."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return tensor
+    other = tensor.detach()
+    if isinstance(tensor, nn.Parameter):
+        other = nn.Parameter(other, tensor.requires_grad)
+    vars(other).update(vars(tensor))
+    return other
+
+
+def _nothing_compiled() -> AbstractContextManager[Any]:
+    # Setting the stance loads the compiler; where that is not loaded, nothing is compiled.
+    compiler = sys.modules.get("torch._dynamo")
+    return nullcontext() if compiler is None else torch.compiler.set_stance("force_eager")
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:

@@ -3,6 +3,10 @@
 In eval mode a BatchNorm is ``y = scale * x + shift`` per channel (Ioffe and Szegedy, 2015, algorithm 2), with
 ``scale = weight / sqrt(running_var + eps)`` and ``shift = bias - running_mean * scale``. Everything here is computed in
 float64 and rounded once, to the dtype the layer had.
+
+A weight has one axis of outputs and one of inputs, and what comes behind them is the kernel. Convolutions hold them as
+(out, in / groups, ...); transposed convolutions as (in, out / groups, ...), and an Embedding like one of these with a
+single group.
 """
 
 from __future__ import annotations
@@ -40,26 +44,121 @@ def scale_and_shift(
     return scale, shift
 
 
-def fold_into_outputs(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Follow a Linear by ``scale * y + shift``: ``W' = scale * W`` over output channels, ``b' = scale * b + shift``.
+def fold_into_outputs(
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Follow a layer by ``scale * y + shift``: ``W' = scale * W`` over output channels, ``b' = scale * b + shift``.
 
     Args:
-        weight: Weight of the layer, (out, in).
+        weight: Weight of the layer, (out, in / groups, ...), or (in, out / groups, ...) if ``transposed``.
         bias: Bias of the layer, (out,); None counts as zeros.
         scale: Factor of each output channel, (out,), float64.
         shift: Offset of each output channel, (out,), float64.
+        transposed: Whether the weight begins with its input channels.
+        groups: Number of groups of channels that do not see each other.
 
     Returns:
-        The new weight (out, in) and the new bias (out,), in the dtype and the memory layout of ``weight``.
+        The new weight, of the shape, dtype and memory layout of ``weight``, and the new bias (out,).
 
     Example:
         >>> fold_into_outputs(torch.ones(2, 1), None, torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]))
         (tensor([[2.],
                 [3.]]), tensor([0., 1.]))
     """
-    folded_weight = weight.double() * scale.unsqueeze(1)
+    spread = _over_second_axis(scale, weight, groups) if transposed else _over_first_axis(scale, weight)
     folded_bias = shift if bias is None else scale * bias.double() + shift
+    return round_like(weight.double() * spread, weight), round_like(folded_bias, weight if bias is None else bias)
+
+
+def fold_into_rows(weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Follow an Embedding by ``scale * y + shift``: every output is one row, so ``W' = scale * W + shift`` is all.
+
+    Args:
+        weight: Weight of the Embedding, (num_embeddings, out).
+        scale: Factor of each output channel, (out,), float64.
+        shift: Offset of each output channel, (out,), float64.
+
+    Returns:
+        The new weight, of the shape, dtype and memory layout of ``weight``.
+
+    Example:
+        >>> fold_into_rows(torch.ones(1, 2), torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]))
+        tensor([[2., 4.]])
+    """
+    return round_like(weight.double() * scale + shift, weight)
+
+
+def fold_into_inputs(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, *, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Precede a layer by ``scale * x + shift``: ``W' = W * scale`` over input channels, ``b' = b + W @ shift``.
+
+    For a convolution the product sums over the kernel as well; so it must not meet zeros that padding put in.
+
+    Args:
+        weight: Weight of the layer, (out, in / groups, ...).
+        bias: Bias of the layer, (out,); None counts as zeros.
+        scale: Factor of each input channel, (in,), float64.
+        shift: Offset of each input channel, (in,), float64.
+        groups: Number of groups of channels that do not see each other.
+
+    Returns:
+        The new weight, of the shape, dtype and memory layout of ``weight``, and the new bias (out,).
+
+    Example:
+        >>> fold_into_inputs(torch.ones(1, 2), None, torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]))
+        (tensor([[2., 3.]]), tensor([1.]))
+    """
+    exact = weight.double()
+    sums = (exact * _over_second_axis(shift, weight, groups)).flatten(1).sum(1)
+    folded_bias = sums if bias is None else bias.double() + sums
+    folded_weight = exact * _over_second_axis(scale, weight, groups)
     return round_like(folded_weight, weight), round_like(folded_bias, weight if bias is None else bias)
+
+
+def add_identity(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Add ``scale * x + shift`` to what a layer makes of ``x``: ``scale`` goes to the tap that reads the same place.
+
+    This is the identity branch of RepVGG (Ding et al., 2021, section 3.3).
+
+    Args:
+        weight: Weight of the layer, (C, C / groups, ...), with a kernel of odd sizes.
+        bias: Bias of the layer, (C,); None counts as zeros.
+        scale: Factor of each channel, (C,), float64.
+        shift: Offset of each channel, (C,), float64.
+
+    Returns:
+        The new weight, of the shape, dtype and memory layout of ``weight``, and the new bias (C,).
+
+    Example:
+        >>> scale = torch.tensor([2.0, 3.0], dtype=torch.float64)
+        >>> add_identity(torch.ones(2, 2), None, scale, torch.tensor([0.0, 1.0]))
+        (tensor([[3., 1.],
+                [1., 4.]]), tensor([0., 1.]))
+    """
+    exact = weight.double().clone()
+    channels = torch.arange(weight.shape[0], device=weight.device)
+    centre = [channels.new_tensor(size // 2) for size in weight.shape[2:]]
+    exact.index_put_((channels, channels % weight.shape[1], *centre), scale, accumulate=True)
+    folded_bias = shift if bias is None else bias.double() + shift
+    return round_like(exact, weight), round_like(folded_bias, weight if bias is None else bias)
+
+
+def _over_first_axis(vector: Tensor, weight: Tensor) -> Tensor:
+    """A vector (A,) in a shape that broadcasts over a weight (A, B, ...)."""
+    return vector.view(-1, *[1] * (weight.dim() - 1))
+
+
+def _over_second_axis(vector: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """A vector (groups * B,) in a shape that broadcasts over a weight (A, B, ...) with groups on its first axis."""
+    rows = vector.view(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
+    return rows.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.dim() - 2))
 
 
 def round_like(exact: Tensor, like: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.nn.parameter import is_lazy
 
 from lit_bnfold.folding.graph import BatchNorm, FoldingError, Layer, Obstacle
@@ -23,18 +24,54 @@ class LayerKind:
 
     Attributes:
         module: The class of its modules.
-        function: What its forward calls, as ``function(input, weight, bias, ...)``.
-        channel_axis: Axis of its output that the output channels of its weight lie on.
-        out_channels: Name of the attribute that holds their number.
+        function: What its forward calls, with the arguments ``arguments``.
+        channel_axis: Axis of its input and its output that the channels lie on, counted from the end.
+        in_channels: Name of the attribute with the number of input channels.
+        out_channels: Name of the attribute with the number of output channels.
+        transposed: Whether its weight begins with the input channels.
+        arguments: Names of the first arguments of ``function``.
     """
 
     module: type[nn.Module]
     function: Callable[..., Tensor]
     channel_axis: int
-    out_channels: str
+    in_channels: str = "in_channels"
+    out_channels: str = "out_channels"
+    transposed: bool = False
+    arguments: tuple[str, ...] = ("input", "weight", "bias")
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a module of this kind can have a bias."""
+        return "bias" in self.arguments
 
 
-LAYER_KINDS = (LayerKind(nn.Linear, F.linear, channel_axis=-1, out_channels="out_features"),)
+_TORCHS_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
+
+LAYER_KINDS = (
+    LayerKind(nn.Linear, F.linear, -1, "in_features", "out_features"),
+    LayerKind(nn.Conv1d, F.conv1d, -2),
+    LayerKind(nn.Conv2d, F.conv2d, -3),
+    LayerKind(nn.Conv3d, F.conv3d, -4),
+    LayerKind(nn.ConvTranspose1d, F.conv_transpose1d, -2, transposed=True),
+    LayerKind(nn.ConvTranspose2d, F.conv_transpose2d, -3, transposed=True),
+    LayerKind(nn.ConvTranspose3d, F.conv_transpose3d, -4, transposed=True),
+    LayerKind(
+        nn.Embedding, F.embedding, -1, "num_embeddings", "embedding_dim", transposed=True, arguments=("input", "weight")
+    ),
+)
+
+
+def layer_kind(module: nn.Module | None) -> LayerKind | None:
+    """The kind of weight layer that a module is; None if it is none."""
+    return next((kind for kind in LAYER_KINDS if isinstance(module, kind.module)), None)
+
+
+def is_batchnorm(module: nn.Module) -> bool:
+    """Whether a module counts as a BatchNorm, foldable or not."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "BatchNorm" in module.original_name
+    return isinstance(module, _BatchNorm)
 
 
 class Census:
@@ -49,16 +86,19 @@ class Census:
     Attributes:
         names: Each module with its name, the first one in ``named_modules()``.
         hooked: The modules that carry a forward hook or a forward pre-hook.
+        owned: The parameters and buffers that each module holds itself, by attribute.
         tensors: Each parameter and buffer with its first name.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
-        self.hooked = {module for module in self.names if module._forward_hooks or module._forward_pre_hooks}
+        everywhere = _global_forward_hooks or _global_forward_pre_hooks
+        self.hooked = {m for m in self.names if everywhere or m._forward_hooks or m._forward_pre_hooks}
+        self.owned = {module: own_tensors(module) for module in self.names}
         self.tensors: dict[Tensor, str] = {}
         self._owners: dict[Tensor, list[str]] = defaultdict(list)
         for module, name in self.names.items():
-            for key, tensor in own_tensors(module).items():
+            for key, tensor in self.owned[module].items():
                 self._owners[tensor].append(_join(name, key))
                 self.tensors.setdefault(tensor, _join(name, key))
         self._refuse_lazy()
@@ -70,22 +110,15 @@ class Census:
             if is_lazy(tensor):
                 raise FoldingError(f"`{name}` is not initialised: run the model on one batch before folding it.")
 
-    def kind(self, module: nn.Module | None) -> LayerKind | None:
-        """The kind of weight layer that a module is; None if it is none."""
-        return next((kind for kind in LAYER_KINDS if isinstance(module, kind.module)), None)
-
-    def is_batchnorm(self, module: nn.Module) -> bool:
-        """Whether a module counts as a BatchNorm, foldable or not."""
-        if isinstance(module, torch.jit.ScriptModule):
-            return "BatchNorm" in module.original_name
-        return isinstance(module, _BatchNorm)
-
     def layer(self, module: nn.Module, kind: LayerKind) -> Layer:
         """The facts about a weight layer."""
         return Layer(
+            in_channels=getattr(module, kind.in_channels),
             out_channels=getattr(module, kind.out_channels),
             channel_axis=kind.channel_axis,
-            parameters=tuple(self.tensors[tensor] for tensor in own_tensors(module).values()),
+            kernel=tuple(getattr(module, "kernel_size", ())),
+            takes_inputs=not kind.transposed,
+            parameters=tuple(self.tensors[tensor] for tensor in self.owned[module].values()),
             obstacle=self._common_obstacle(module) or self._weight_obstacle(module),
         )
 
@@ -93,7 +126,7 @@ class Census:
         """The facts about a BatchNorm."""
         return BatchNorm(
             num_features=int(getattr(module, "num_features", 0)),
-            parameters=tuple(self.tensors[tensor] for tensor in own_tensors(module).values()),
+            parameters=tuple(self.tensors[tensor] for tensor in self.owned[module].values()),
             obstacle=self._common_obstacle(module) or _batchnorm_obstacle(module),
         )
 
@@ -105,10 +138,13 @@ class Census:
         return None
 
     def _weight_obstacle(self, module: nn.Module) -> Obstacle | None:
-        tensors, name = own_tensors(module), self.names[module]
+        tensors, name = self.owned[module], self.names[module]
         for key in ("weight", "bias"):
-            if key not in tensors and (key == "weight" or getattr(module, key, None) is not None):
+            is_computed = getattr(module, key, None) is not None and module._parameters.get(key) is None
+            if key not in tensors and (key == "weight" or is_computed):
                 return "computed-weight", f"the {key} of `{name}` is computed anew at every call"
+        if getattr(module, "max_norm", None) is not None:
+            return "computed-weight", f"`{name}` limits the norm of its rows at every call"
         for key, tensor in tensors.items():
             if type(tensor) is not nn.Parameter or tensor.layout is not torch.strided or tensor.is_meta:
                 return "unusual-weight", f"`{_join(name, key)}` is not an ordinary parameter"
@@ -130,6 +166,10 @@ def _batchnorm_obstacle(module: nn.Module) -> Obstacle | None:
         return "own-forward", f"its class {type(module).__name__} has a forward of its own"
     if any(tensor.is_meta for tensor in tensors.values()):
         return "unusual-weight", "its statistics are on the meta device and hold no numbers"
+    if tensors["running_mean"].shape != (getattr(module, "num_features", None),):
+        return "unusual-weight", "it has not as many channels as its attributes say"
+    if not all(is_plain(tensor) for tensor in tensors.values()):
+        return "unusual-weight", "its statistics or its weight are of a tensor subclass, which may mean other numbers"
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()) or bool(
         (tensors["running_var"] < 0).any()
     ):
@@ -138,17 +178,26 @@ def _batchnorm_obstacle(module: nn.Module) -> Obstacle | None:
 
 
 def _keeps_torchs_forward(module: nn.Module) -> bool:
-    return "forward" not in vars(module) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    is_torchs = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return is_torchs and "forward" not in vars(module) and type(module).__call__ is nn.Module.__call__
 
 
 def _seal(module: nn.Module) -> Obstacle | None:
     """Why nothing inside a module may be touched, if that is so."""
     if isinstance(module, torch.jit.ScriptModule):
         return "opaque", "it is part of a ScriptModule, whose structure is fixed"
-    # An OptimizedModule keeps the module that it compiled as `_orig_mod`; `Module.compile` leaves its call behind.
-    if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+    # An OptimizedModule keeps the module it compiled as `_orig_mod`. `Module.compile` leaves the module as it is, and
+    # what it compiles checks by itself whether the module has changed since.
+    if "_orig_mod" in module._modules:
         return "opaque", "it is part of a compiled module; fold the model before compiling it"
     return None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether operations on a tensor are torch's own; a subclass may give them another meaning."""
+    kind = type(tensor)
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    return function in _TORCHS_FUNCTIONS and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

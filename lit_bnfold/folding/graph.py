@@ -7,6 +7,7 @@ one call of a module. None of the records holds a tensor, so a graph costs littl
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -98,16 +99,46 @@ class Layer:
     """What a plan needs to know of a weight layer.
 
     Attributes:
+        in_channels: Length of the channel axis of its input.
         out_channels: Length of the channel axis of its output.
-        channel_axis: Which axis of its output that is.
+        channel_axis: Which axis that is, counted from the end.
+        kernel: Sizes of its kernel; empty for a layer without one.
+        takes_inputs: Whether a map of its inputs can be multiplied into its weight.
         parameters: Names of its parameters and buffers.
         obstacle: Why nothing may be folded into it whatever the run did; None if nothing is in the way.
     """
 
+    in_channels: int
     out_channels: int
     channel_axis: int
+    kernel: tuple[int, ...]
+    takes_inputs: bool
     parameters: tuple[str, ...]
     obstacle: Obstacle | None
+
+    def pads_with_zeros(self, call: Call) -> bool:
+        """Whether a call of it added zeros around its input."""
+        return any(self._padding(call)) if self.kernel else False
+
+    def has_centre_tap(self, call: Call) -> bool:
+        """Whether each element of the output lies on the element of the input that the middle of the kernel reads."""
+        if not self.kernel or not self.takes_inputs:
+            return self.takes_inputs
+        dilation = self._per_axis(call, 5, "dilation", 1)
+        centred = [step * (size - 1) / 2 for step, size in zip(dilation, self.kernel, strict=True)]
+        return set(self._per_axis(call, 3, "stride", 1)) == {1} and self._padding(call) == tuple(centred)
+
+    def _padding(self, call: Call) -> tuple[float, ...]:
+        padding = call.args[4] if len(call.args) > 4 else call.kwargs.get("padding", 0)
+        if padding == "same":
+            dilation = self._per_axis(call, 5, "dilation", 1)
+            return tuple(step * (size - 1) / 2 for step, size in zip(dilation, self.kernel, strict=True))
+        return self._per_axis(call, 4, "padding", 0) if padding != "valid" else (0,) * len(self.kernel)
+
+    def _per_axis(self, call: Call, position: int, name: str, default: int) -> tuple[int, ...]:
+        given = call.args[position] if len(call.args) > position else call.kwargs.get(name, default)
+        given = given if isinstance(given, tuple) else (given,)
+        return given if len(given) > 1 else given * len(self.kernel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +164,7 @@ class ValueGraph:
         values: Every value, by index.
         calls: Every call, by index, in the order of the run.
         frames: Every module call, by index; the first is the run itself.
-        written: Storages that were written in place, with what wrote them.
+        writers: For each storage that was written in place, the calls that did it.
         aliased: Storages that were reached through a tensor whose origin the run does not show, with a sentence.
         forked: Modules that were running when a tensor became a Python value; None stands for the run itself.
         layers: The weight layers that were called, by name.
@@ -143,7 +174,7 @@ class ValueGraph:
     values: list[Value] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=lambda: [Frame(None, None)])
-    written: dict[int, str] = field(default_factory=dict)
+    writers: dict[int, list[Call]] = field(default_factory=dict)
     aliased: dict[int, str] = field(default_factory=dict)
     forked: set[str | None] = field(default_factory=set)
     layers: dict[str, Layer] = field(default_factory=dict)
@@ -183,6 +214,24 @@ class ValueGraph:
         aliases = self._storages[value.storage]
         return any(call.name in _STRIDE_READERS for alias in aliases for call in self.users(alias))
 
+    def outline(self, without: Collection[str]) -> list[Any]:
+        """The run without the numbers in its tensors: two runs with equal outlines did the same.
+
+        Args:
+            without: Names of modules whose inside does not count.
+        """
+        numbers: dict[int, int] = {}
+        outline: list[Any] = []
+        for call in self.calls:
+            module = self.frames[call.frame].module
+            if module in without:
+                outline += [module] if outline[-1:] != [module] else []
+                continue
+            inputs = [numbers.setdefault(index, len(numbers)) for index in call.inputs]
+            outputs = [(numbers.setdefault(index, len(numbers)), self.values[index].shape) for index in call.outputs]
+            outline.append((call.kind, call.name, module, inputs, outputs, _scalars([call.args, call.kwargs])))
+        return outline
+
     def where(self, call: Call) -> str:
         """A call and the module it happened in, as words for a reason."""
         module = self.frames[call.frame].module
@@ -197,6 +246,14 @@ class ValueGraph:
             modules.append(self.frames[index].module)
             index = self.frames[index].parent
         return modules[::-1]
+
+
+def _scalars(tree: Any) -> Any:
+    if isinstance(tree, (list, tuple)):
+        return [_scalars(branch) for branch in tree]
+    if isinstance(tree, dict):
+        return {key: _scalars(branch) for key, branch in tree.items()}
+    return repr(tree) if isinstance(tree, (int, float, complex, str)) else type(tree)
 
 
 def plain_name(name: str) -> str:

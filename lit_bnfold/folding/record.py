@@ -15,16 +15,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
-from types import TracebackType
+from functools import cache
+from types import FunctionType, TracebackType
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_bnfold.folding.census import Census, LayerKind, own_tensors
+from lit_bnfold.folding.census import Census, LayerKind, is_batchnorm, is_plain, layer_kind, own_tensors
 from lit_bnfold.folding.graph import BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph
 
 # Through these, Python gets hold of numbers or of memory without an operation that a dispatch mode could see.
@@ -34,8 +36,11 @@ _ESCAPES = {
     Tensor.__array__,
     Tensor.__dlpack__,
     Tensor.__deepcopy__,
+    Tensor.__format__,
+    Tensor.__repr__,
     Tensor.__reduce_ex__,
     Tensor.untyped_storage,
+    Tensor.storage,
     Tensor.data_ptr,
     Tensor.apply_,
     Tensor.map_,
@@ -44,12 +49,11 @@ _ESCAPES = {
 
 _Facts = TypeVar("_Facts", Layer, BatchNorm)
 
-_LAYER_ARGUMENTS = ("input", "weight", "bias")
 _BATCHNORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
 class Recorder:
-    """Context manager that records what a model does while it is open.
+    """Context manager that records what a model does while it is open; opened again, it records on.
 
     While the recorder is open the model carries additional forward hooks; afterwards it is as it was, and what the run
     wrote into its parameters and buffers is put back. Only the thread that opened the recorder is recorded.
@@ -80,7 +84,7 @@ class Recorder:
         self._batchnorms = {
             tensor: module
             for module in self._census.names
-            if self._census.is_batchnorm(module)
+            if is_batchnorm(module)
             for tensor in own_tensors(module).values()
         }
         self._by_address: dict[int | None, list[Tensor]] = defaultdict(list)
@@ -89,20 +93,25 @@ class Recorder:
         self._thread = threading.get_ident()
         self._stack: list[tuple[int, nn.Module | None]] = [(0, None)]
         self.looking_away = False
+        self._glancing = False
+        self._glances: set[str] = set()
         self._before_write: dict[Tensor, Tensor] = {}
+        self._varying: set[int] = set()  # storages that hold something else than constants
+        self._lent: dict[nn.Module, Tensor] = {}
         self._exit = ExitStack()
-
-    def __enter__(self) -> Recorder:
         for tensor, name in self._census.tensors.items():
             self._ledger.register(tensor, name)
         for module, name in self._census.names.items():
-            if self._census.is_batchnorm(module):
+            if is_batchnorm(module):
                 self.graph.batchnorms[name] = self._census.batchnorm(module)
+
+    def __enter__(self) -> Recorder:
         with ExitStack() as stack:
             stack.callback(self._put_back)
             for module in self._census.names:
                 if not isinstance(module, torch.jit.ScriptModule):
                     self._watch(module, stack)
+                    self._lend_bias(module, stack)
             stack.enter_context(_FunctionWitness(self))
             stack.enter_context(_OperationWitness(self))
             self._exit = stack.pop_all()
@@ -112,7 +121,7 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._exit.close()
-        self._ledger.close()
+        self._ledger.settle()
 
     @contextmanager
     def _look_away(self) -> Iterator[None]:
@@ -149,22 +158,56 @@ class Recorder:
         for hook in hooks:
             stack.callback(hook.remove)
 
+    def _lend_bias(self, module: nn.Module, stack: ExitStack) -> None:
+        """Give a layer without a bias one of zeros, to see whether a forward of its own would use that of a fold."""
+        kind = layer_kind(module)
+        own = self._census.owned[module]
+        if kind is None or not kind.has_bias or "weight" not in own or module._parameters.get("bias", own) is not None:
+            return
+        if "forward" in vars(module) or type(module).forward is not kind.module.forward:
+            bias = nn.Parameter(own["weight"].new_zeros(getattr(module, kind.out_channels)), requires_grad=False)
+            module._parameters["bias"] = self._lent[module] = bias
+            stack.callback(module._parameters.update, {"bias": None})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        # A model that copies one of its modules during the run copies the hooks on it too.
+        return self
+
     def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module not in self._census.names:
+            return
+        if threading.get_ident() != self._thread or not self._is_seen():
+            self._note_blind_spot(module)
         if threading.get_ident() != self._thread:
             return
         self.graph.frames.append(Frame(self._census.names[module], parent=self._stack[-1][0]))
         self._stack.append((len(self.graph.frames) - 1, module))
+        if self.graph.forked and not (len(args) == 1 and isinstance(args[0], Tensor) and not kwargs):
+            # What it was called with, or how many of them, may come from the numbers that Python got to know.
+            self.graph.forked.add(self._census.names[module])
         if module in self._census.hooked:
             self._show_to_hooks(module, args, kwargs)
 
     def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or module not in self._census.names:
             return
         self._stack.pop()
         if len(self._stack) == 1:
             with self._look_away():
                 for tensor in tensors_in(output):
                     self._ledger.value(tensor).fate = "is returned by the model"
+
+    def _is_seen(self) -> bool:
+        """Whether the witnesses see what happens now; inside a custom operation, for one, they do not."""
+        self._glances, self._glancing = set(), True
+        torch.empty(0)
+        self._glancing = False
+        return self._glances == {"function", "operation"}
+
+    def _note_blind_spot(self, module: nn.Module) -> None:
+        for name in (self._census.tensors[tensor] for tensor in self._census.owned[module].values()):
+            storage = self.graph.named_values[name].storage
+            self.graph.aliased.setdefault(storage, "is used where the run could not be watched")
 
     def _show_to_hooks(self, module: nn.Module, args: Any, other: Any) -> None:
         if threading.get_ident() == self._thread:
@@ -177,14 +220,22 @@ class Recorder:
         module = self._stack[-1][1]
         if self.looking_away:
             return function(*args, **kwargs)
+        if self._glancing:
+            self._glances.add("function")
+            return function(*args, **kwargs)
         if module is not None:
-            if function is F.batch_norm and self._census.is_batchnorm(module):
+            if function is F.batch_norm and is_batchnorm(module):
                 return self._run_batchnorm(module, args, kwargs)
-            kind = self._census.kind(module)
+            kind = layer_kind(module)
             if kind is not None and function is kind.function:
                 return self._run_layer(module, kind, args, kwargs)
-        if args and isinstance(args[0], Tensor):
-            self._note_python(function, args[0])
+        if function is F.pad and "circular" in (*args, *kwargs.values()):
+            # Below, this is a dozen of writes into slices of one tensor.
+            return self._run_whole("operation", "circular_pad", F.pad, args, kwargs)
+        # Torch's own functions read one tensor in Python at most, their first; what others do is not seen from here.
+        for tensor in tensors_in((args, kwargs)) if _is_foreign(function) else args[:1]:
+            if isinstance(tensor, Tensor):
+                self._note_python(function, tensor)
         return function(*args, **kwargs)
 
     def _run_batchnorm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -195,36 +246,50 @@ class Recorder:
             for key in ("running_mean", "running_var"):
                 if given[key] is not None:
                     self._save_before_write(given[key])
-        elif not _are_own(module, given, ("running_mean", "running_var", "weight", "bias")):
+        elif not self._are_own(module, given, ("running_mean", "running_var", "weight", "bias")):
             facts = _add_obstacle(facts, "computed-weight", "it was called with other tensors than its own")
         self.graph.batchnorms[self._census.names[module]] = facts
-        return self._run_whole("batchnorm", "batch_norm", F.batch_norm, module, args, kwargs)
+        name = self._census.names[module]
+        return self._run_whole("batchnorm", "batch_norm", F.batch_norm, args, kwargs, owner=name)
 
     def _run_layer(self, module: nn.Module, kind: LayerKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         name = self._census.names[module]
         facts = self.graph.layers.get(name) or self._census.layer(module, kind)
-        if not _are_own(module, dict(zip(_LAYER_ARGUMENTS, args, strict=False)) | kwargs, ("weight", "bias")):
+        given = dict(zip(kind.arguments, args, strict=False)) | kwargs
+        if module in self._lent and given.get("bias") is None:
+            facts = _add_obstacle(facts, "own-forward", f"the forward of `{name}` would leave out the bias of a fold")
+        elif not self._are_own(module, given, kind.arguments[1:]):
             facts = _add_obstacle(facts, "computed-weight", f"`{name}` was called with other tensors than its own")
+        output = self._run_whole("layer", kind.function.__name__, kind.function, args, kwargs, owner=name)
+        if output.shape[kind.channel_axis] != facts.out_channels:
+            facts = _add_obstacle(facts, "unusual-weight", f"`{name}` has not as many outputs as its attributes say")
         self.graph.layers[name] = facts
-        return self._run_whole("layer", kind.function.__name__, kind.function, module, args, kwargs)
+        return output
+
+    def _are_own(self, module: nn.Module, given: dict[str, Any], keys: tuple[str, ...]) -> bool:
+        # Those it had before the run: `functional_call` lends a module other tensors for the time of one call.
+        own = self._census.owned[module]
+        if module in self._lent:
+            own = own | {"bias": self._lent[module]}
+        return all(given.get(key) is own.get(key) for key in keys)
 
     def _run_whole(
         self,
-        kind: Literal["layer", "batchnorm"],
+        kind: Literal["layer", "batchnorm", "operation"],
         name: str,
         function: Callable[..., Tensor],
-        module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        owner: str | None = None,
     ) -> Tensor:
         """Run a function whose inside is of no interest, as one call."""
         with self._look_away():
             output = function(*args, **kwargs)
-        self._add_call(kind, name, args, kwargs, output, owner=self._census.names[module])
+        self._add_call(kind, name, args, kwargs, output, owner=owner)
         return output
 
     def _note_python(self, function: Callable[..., Any], tensor: Tensor) -> None:
-        if function in _ESCAPES:
+        if function in _ESCAPES or _is_foreign(function):
             self._add_call("opaque", getattr(function, "__name__", "Python code"), (tensor,))
             self._note_fork((tensor,))
         elif self._batchnorms.get(tensor, self._stack[-1][1]) is not self._stack[-1][1]:
@@ -234,7 +299,8 @@ class Recorder:
     def _note_fork(self, args: Any) -> None:
         """A tensor became a Python value: the modules that are running may take another path the next time."""
         with self._look_away():
-            if all(self._ledger.value(tensor).constant for tensor in tensors_in(args)):
+            values = [self._ledger.value(tensor) for tensor in tensors_in(args)]
+            if all(self._is_constant(value) for value in values):
                 return
         self.graph.forked.update(self.graph.modules_around(self._stack[-1][0]))
 
@@ -242,12 +308,17 @@ class Recorder:
 
     def on_operation(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation and record it."""
+        if self._glancing:
+            self._glances.add("operation")
+            return operation(*args, **kwargs)
         written = _written_arguments(operation, args, kwargs)
         # Some batch norm operations write their statistics without saying so in their schema.
         for tensor in tensors_in((args, kwargs)) if "batch_norm" in str(operation) else written:
             self._save_before_write(tensor)
         output = operation(*args, **kwargs)
-        self._add_call("operation", str(operation), args, kwargs, output, written)
+        # Torch's own operations say so if they draw random numbers; others could do or read anything.
+        draws = torch.Tag.nondeterministic_seeded in operation.tags if str(operation).startswith("aten.") else True
+        self._add_call("operation", str(operation), args, kwargs, output, written, draws=draws)
         if _reveals_numbers(operation, args):
             self._note_fork((args, kwargs))
         return output
@@ -261,6 +332,7 @@ class Recorder:
         output: Any = None,
         written: tuple[Tensor, ...] = (),
         owner: str | None = None,
+        draws: bool = False,
     ) -> None:
         with self._look_away():
             read = {id(tensor): (tensor, self._ledger.value(tensor)) for tensor in tensors_in((args, kwargs))}
@@ -279,11 +351,22 @@ class Recorder:
             for _, value in read.values():
                 value.users.append(call.index)
             made = [tensor for tensor in tensors_in(output) if id(tensor) not in read]
-            constant = kind == "operation" and _is_constant(name, [value for _, value in read.values()])
+            constant = not draws and kind == "operation" and all(self._is_constant(value) for _, value in read.values())
             outputs = [self._ledger.add(tensor, call.index, constant) for tensor in (*written, *made)]
             call.outputs = tuple(value.index for value in outputs)
             for value in outputs[: len(written)]:
-                self.graph.written.setdefault(value.storage, self.graph.where(call))
+                self.graph.writers.setdefault(value.storage, []).append(call)
+                if not constant:
+                    self._varying.add(value.storage)
+
+    def _is_constant(self, value: Value) -> bool:
+        # A tensor that began as a constant may have been written since then through a view of it.
+        return value.constant and value.storage not in self._varying
+
+
+def _is_foreign(function: Callable[..., Any]) -> bool:
+    """Whether a function that takes part in torch's function protocol was written elsewhere, in Python."""
+    return isinstance(function, FunctionType) and function.__module__.partition(".")[0] != "torch"
 
 
 def _add_obstacle(facts: _Facts, code: str, sentence: str) -> _Facts:
@@ -304,7 +387,7 @@ class _OperationWitness(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -312,21 +395,23 @@ class _OperationWitness(TorchDispatchMode):
         if self._recorder.looking_away:
             return func(*args, **kwargs)
         # In inference mode compound operations arrive whole; they are taken apart, so that one table serves both modes.
-        if isinstance(func, torch._ops.OpOverload):
+        if isinstance(func, torch._ops.OpOverload) and _is_compound(func.name()):
             with self:
-                output = func.decompose(*args, **kwargs)
-            if output is not NotImplemented:
-                return output
+                return func.decompose(*args, **kwargs)
         return self._recorder.on_operation(func, args, kwargs)
 
 
 class _Ledger:
-    """Knows which value each living tensor holds, and which values share memory, without keeping a tensor alive."""
+    """Knows which value each living tensor holds, and which values share memory, without keeping a tensor alive.
+
+    Memory is followed by its storage, which outlives the tensor that it was made for when somebody keeps a view of it,
+    its ``data``, or a Parameter around it.
+    """
 
     def __init__(self, graph: ValueGraph) -> None:
         self._graph = graph
         self._living: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._memory: dict[int | None, list[int]] = {}  # address -> [number of the storage, living tensors on it]
+        self._memory: dict[int, tuple[StorageWeakRef, int]] = {}  # address -> its storage, with the storage's number
         self._storages = 0
 
     def value(self, tensor: Tensor) -> Value:
@@ -334,8 +419,9 @@ class _Ledger:
         known = self._living.get(id(tensor))
         if known is not None:
             return self._graph.values[known[1]]
+        is_alias = self._known_storage(_address(tensor)) is not None
         value = self.add(tensor, maker=None)
-        if self._memory.get(_address(tensor), [0, 0])[1] > 1:
+        if is_alias:
             self._graph.aliased.setdefault(value.storage, "is also reached through a tensor of unknown origin")
         return value
 
@@ -346,56 +432,66 @@ class _Ledger:
 
     def add(self, tensor: Tensor, maker: int | None, constant: bool = False) -> Value:
         """Give a tensor a new value, made by a call or come from outside."""
-        address = _address(tensor)
         value = Value(
             index=len(self._graph.values),
             shape=tuple(tensor.shape),
             stride=tuple(tensor.stride()) if tensor.layout is torch.strided else (),
             dtype=tensor.dtype,
-            storage=self._storage(address),
+            storage=self._storage(tensor),
             maker=maker,
             constant=constant,
-            fate="is a tensor whose memory cannot be followed" if address is None else None,
+            fate=_unfollowable(tensor),
         )
         self._graph.values.append(value)
-        self._follow(tensor, value.index, address)
+        self._follow(tensor, value.index)
         return value
 
-    def _storage(self, address: int | None) -> int:
-        if address in self._memory:
-            return self._memory[address][0]
+    def _known_storage(self, address: int | None) -> int | None:
+        ref, number = self._memory.get(address or 0, (None, None))
+        return None if ref is None or ref.expired() else number
+
+    def _storage(self, tensor: Tensor) -> int:
+        address = _address(tensor)
+        known = self._known_storage(address)
+        if known is not None:
+            return known
         self._storages += 1
+        if address:
+            ref = StorageWeakRef(tensor.untyped_storage())
+            self._memory[address] = (ref, self._storages)
         return self._storages
 
-    def _follow(self, tensor: Tensor, index: int, address: int | None) -> None:
+    def _follow(self, tensor: Tensor, index: int) -> None:
         key = id(tensor)
         if key in self._living:  # a new version of a tensor that is being followed already
             self._living[key] = (self._living[key][0], index)
-            return
-        if address:
-            self._memory.setdefault(address, [self._graph.values[index].storage, 0])[1] += 1
-        self._living[key] = (weakref.ref(tensor, lambda _: self._forget(key, address)), index)
+        else:
+            self._living[key] = (weakref.ref(tensor, lambda _: self._living.pop(key, None)), index)
 
-    def _forget(self, key: int, address: int | None) -> None:
-        self._living.pop(key, None)
-        if address in self._memory:
-            self._memory[address][1] -= 1
-            if self._memory[address][1] == 0:
-                del self._memory[address]
-
-    def close(self) -> None:
-        """Note which values outlived the run, and follow no tensor any longer."""
+    def settle(self) -> None:
+        """Note which values outlived the run, and follow the parameters and buffers alone from here on."""
         if any(self._survivors()):
             gc.collect()  # A survivor may only be waiting for the garbage collector.
         for value in self._survivors():
-            value.fate = value.fate or "is still held by somebody after the run"
-        self._living.clear()
-        self._memory.clear()
+            value.fate = "is still held by somebody after the run"
+        values = self._graph.values
+        named = {value.storage for value in values if value.name is not None}
+        self._memory = {address: known for address, known in self._memory.items() if known[1] in named}
+        self._living = {key: known for key, known in self._living.items() if values[known[1]].name is not None}
 
     def _survivors(self) -> Iterator[Value]:
-        for ref, index in list(self._living.values()):
-            if ref() is not None and self._graph.values[index].maker is not None:
-                yield self._graph.values[index]
+        from_outside = {value.storage for value in self._graph.values if value.maker is None}
+        alive = {number for ref, number in self._memory.values() if not ref.expired()} - from_outside
+        return (value for value in self._graph.values if value.fate is None and value.storage in alive)
+
+
+def _unfollowable(tensor: Tensor) -> str | None:
+    """Why the run cannot show what becomes of a tensor, as words for a reason; None if it can."""
+    if not _address(tensor):
+        return "is a tensor without memory that could be followed"
+    if not is_plain(tensor):
+        return f"is a {type(tensor).__name__}, whose operations may be others than torch's"
+    return None
 
 
 def tensors_in(tree: Any, _seen: set[int] | None = None) -> Iterator[Tensor]:
@@ -441,6 +537,12 @@ def _with_refs(tree: Any, refs: dict[int, Ref]) -> Any:
     return tree
 
 
+@cache
+def _is_compound(name: str) -> bool:
+    # Torch has decompositions of other operations too, in Python; those arrive as one operation in the other mode.
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
+
+
 def _written_arguments(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
     schema = getattr(operation, "_schema", None)
     if schema is None or not schema.is_mutable:
@@ -459,15 +561,6 @@ def _reveals_numbers(operation: Any, args: tuple[Any, ...]) -> bool:
     if operation in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
         return any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(args[1]))
     return torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
-
-
-def _is_constant(name: str, inputs: list[Value]) -> bool:
-    return all(value.constant for value in inputs) and "rand" not in name and "bernoulli" not in name
-
-
-def _are_own(module: nn.Module, given: dict[str, Any], keys: tuple[str, ...]) -> bool:
-    own = {**module._parameters, **module._buffers}
-    return all(given.get(key) is own.get(key) for key in keys)
 
 
 def _address(tensor: Tensor) -> int | None:

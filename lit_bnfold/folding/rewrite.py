@@ -7,19 +7,27 @@ model holds it. Each fold is whole before the next begins, so whatever happens t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lit_bnfold.folding.algebra import fold_into_outputs, scale_and_shift
-from lit_bnfold.folding.census import Census
+from lit_bnfold.folding.algebra import (
+    add_identity,
+    fold_into_inputs,
+    fold_into_outputs,
+    fold_into_rows,
+    scale_and_shift,
+)
+from lit_bnfold.folding.census import Census, is_batchnorm, layer_kind
 from lit_bnfold.folding.graph import FoldingError
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
+from lit_bnfold.folding.record import tensors_in
 from lit_bnfold.folding.transparent import UNTOUCHED
 
+_Model = TypeVar("_Model", bound=nn.Module)
 _Undo = Callable[[], None]
 
 
@@ -39,11 +47,14 @@ def apply_plan(plan: FoldingPlan, model: nn.Module, *, inplace: bool = False) ->
         FoldingError: If the plan does not fit the model; then the model is as it was.
     """
     _check_fit(plan, model)
-    if not inplace:
-        model = copy.deepcopy(model)
-    modules = dict(model.named_modules())
-    for fold in plan.folds:
-        _fold(fold, modules)
+    _check_obstacles(plan, model)
+    # Inside `torch.inference_mode()` the new parameters would be such as can never be trained again.
+    with torch.inference_mode(False):
+        if not inplace:
+            model = copy_model(model)
+        modules = dict(model.named_modules())
+        for fold in plan.folds:
+            _fold(fold, modules)
     return model
 
 
@@ -59,6 +70,7 @@ def folded_in_place(plan: FoldingPlan, model: nn.Module) -> Iterator[None]:
         FoldingError: If the plan does not fit the model; then the model is as it was.
     """
     _check_fit(plan, model)
+    _check_obstacles(plan, model)
     modules = dict(model.named_modules())
     undos: list[_Undo] = []
     try:
@@ -66,8 +78,7 @@ def folded_in_place(plan: FoldingPlan, model: nn.Module) -> Iterator[None]:
             undos.extend(_fold(fold, modules))
         yield
     finally:
-        for undo in reversed(undos):
-            undo()
+        _undo_all(undos)
 
 
 def fold_structure(plan: FoldingPlan, model: nn.Module) -> None:
@@ -84,30 +95,83 @@ def fold_structure(plan: FoldingPlan, model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for fold in plan.folds:
         for part in fold.parts:
+            layer: Any = modules[part.layer]
+            kind = layer_kind(layer)
+            assert kind is not None
+            if kind.has_bias and layer.bias is None:
+                _add_bias(layer, layer.weight.new_zeros(getattr(layer, kind.out_channels)))
+        _erase(modules[fold.batchnorm], fold.direction)
+
+
+def disguise(batchnorms: Collection[str], model: nn.Module) -> None:
+    """Make BatchNorms look as they will after a fold; each still computes what it did before.
+
+    Args:
+        batchnorms: Their names.
+        model: The model, in eval mode; it is changed in place.
+    """
+    modules = dict(model.named_modules())
+    for name in batchnorms:
+        forward = copy.copy(modules[name]).eval().forward
+        _erase(modules[name], "backward")
+        modules[name].forward = forward
+
+
+def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
+    """Copy a model; a tensor that its last run left on it with a gradient history is copied without that.
+
+    Args:
+        model: The model.
+        memo: What to take instead of a copy, by the ``id`` of the original.
+
+    Raises:
+        FoldingError: If it cannot be copied.
+    """
+    held = tensors_in([vars(module) for module in model.modules()])
+    left = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
+    try:
+        copied = copy.deepcopy(model, left | (memo or {}))
+    except Exception as error:
+        raise FoldingError(f"The model cannot be copied: {error}") from error
+    passed_on = {id(other) for other in (memo or {}).values()}
+    parts = {id(part) for part in (*model.modules(), *model.parameters())} - passed_on
+    if any(id(part) in parts for part in (*copied.modules(), *copied.parameters())):
+        raise FoldingError("The model cannot be copied: its copy holds parts of the model itself.")
+    return copied
+
+
+def _check_obstacles(plan: FoldingPlan, model: nn.Module) -> None:
+    modules, census = dict(model.named_modules()), Census(model)
+    for fold in plan.folds:
+        obstacle = census.batchnorm(modules[fold.batchnorm]).obstacle
+        for part in fold.parts:
             layer = modules[part.layer]
-            if layer.bias is None:
-                _add_bias(layer, layer.weight.new_zeros(layer.weight.shape[0]))
-        _erase(modules[fold.batchnorm])
+            kind = layer_kind(layer)
+            assert kind is not None
+            obstacle = obstacle or census.layer(layer, kind).obstacle
+        if obstacle is not None:
+            raise FoldingError(f"The plan folds `{fold.batchnorm}`, which has to stay in this model: {obstacle[1]}.")
 
 
 def _check_fit(plan: FoldingPlan, model: nn.Module) -> None:
-    modules, census = dict(model.named_modules()), Census(model)
+    modules = dict(model.named_modules())
     for fold in plan.folds:
         batchnorm = modules.get(fold.batchnorm)
-        if batchnorm is None or not census.is_batchnorm(batchnorm):
+        if batchnorm is None or not is_batchnorm(batchnorm):
             found = "nothing" if batchnorm is None else type(batchnorm).__name__
             raise FoldingError(f"The plan folds the BatchNorm `{fold.batchnorm}`; the model has {found} of that name.")
         for part in fold.parts:
             layer = modules.get(part.layer)
-            kind = census.kind(layer)
+            kind = layer_kind(layer)
             if layer is None or kind is None:
                 found = "nothing" if layer is None else type(layer).__name__
                 raise FoldingError(f"The plan folds into the layer `{part.layer}`; the model has {found} of that name.")
-            out_channels, num_features = getattr(layer, kind.out_channels), int(batchnorm.num_features)
-            channels = range(out_channels) if part.channels is None else part.channels
-            if len(channels) != out_channels or (part.channels is None and out_channels != num_features):
-                wanted = num_features if part.channels is None else len(part.channels)
-                raise FoldingError(f"The plan wants {wanted} outputs of `{part.layer}`, which has {out_channels}.")
+            side = kind.in_channels if fold.direction == "forward" else kind.out_channels
+            found, num_features = getattr(layer, side), int(batchnorm.num_features)
+            wanted = num_features if part.channels is None else len(part.channels)
+            if wanted != found:
+                raise FoldingError(f"The plan wants {wanted} {side} of `{part.layer}`, which has {found}.")
+            channels = range(num_features) if part.channels is None else part.channels
             if not set(channels) <= {UNTOUCHED, *range(num_features)}:
                 raise FoldingError(f"The plan names channels that `{fold.batchnorm}` with {num_features} has not.")
 
@@ -120,21 +184,41 @@ def _fold(fold: Fold, modules: dict[str, Any]) -> list[_Undo]:
             batchnorm.running_mean, batchnorm.running_var, batchnorm.weight, batchnorm.bias, batchnorm.eps
         )
         undos: list[_Undo] = []
-        for part in fold.parts:
-            undos.extend(_fold_part(part, modules[part.layer], scale, shift))
-    undos.append(_erase(batchnorm))
+        try:
+            for part in fold.parts:
+                _fold_part(fold.direction, part, modules[part.layer], scale, shift, undos)
+            undos.append(_erase(batchnorm, fold.direction))
+        except BaseException:
+            _undo_all(undos)
+            raise
     return undos
 
 
-def _fold_part(part: Part, layer: Any, scale: Tensor, shift: Tensor) -> list[_Undo]:
-    scale, shift = _by_output_channel(part, scale.to(layer.weight.device), shift.to(layer.weight.device))
-    weight, bias = fold_into_outputs(layer.weight, layer.bias, scale, shift)
-    undos = [_set_data(layer.weight, weight)]
+def _undo_all(undos: list[_Undo]) -> None:
+    for undo in reversed(undos):
+        undo()
+
+
+def _fold_part(direction: str, part: Part, layer: Any, scale: Tensor, shift: Tensor, undos: list[_Undo]) -> None:
+    kind, groups = layer_kind(layer), getattr(layer, "groups", 1)
+    assert kind is not None
+    scale, shift = _by_channel(part, scale.to(layer.weight.device), shift.to(layer.weight.device))
+    if not kind.has_bias:
+        undos.append(_set_data(layer.weight, fold_into_rows(layer.weight, scale, shift)))
+        return
+    if direction == "backward":
+        weight, bias = fold_into_outputs(
+            layer.weight, layer.bias, scale, shift, transposed=kind.transposed, groups=groups
+        )
+    elif direction == "forward":
+        weight, bias = fold_into_inputs(layer.weight, layer.bias, scale, shift, groups=groups)
+    else:
+        weight, bias = add_identity(layer.weight, layer.bias, scale, shift)
+    undos.append(_set_data(layer.weight, weight))
     undos.append(_add_bias(layer, bias) if layer.bias is None else _set_data(layer.bias, bias))
-    return undos
 
 
-def _by_output_channel(part: Part, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def _by_channel(part: Part, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     shift = shift * part.shift
     if part.channels is None:
         return scale, shift
@@ -162,10 +246,18 @@ def _add_bias(layer: Any, bias: Tensor) -> _Undo:
     return undo
 
 
-def _erase(batchnorm: nn.Module) -> _Undo:
-    """Turn a BatchNorm into an Identity where it stands, so that no second reference to it still normalises."""
+class Zero(nn.Module):
+    """What is left of a BatchNorm that was folded into a layer beside it: it adds nothing."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """A zero of shape () for an input of any shape."""
+        return input.new_zeros(())
+
+
+def _erase(batchnorm: nn.Module, direction: str) -> _Undo:
+    """Turn a BatchNorm into nothing where it stands, so that no second reference to it still normalises."""
     kind, parameters, buffers = type(batchnorm), batchnorm._parameters, batchnorm._buffers
-    batchnorm.__class__ = nn.Identity
+    batchnorm.__class__ = Zero if direction == "parallel" else nn.Identity
     batchnorm._parameters, batchnorm._buffers = {}, {}
 
     def undo() -> None:

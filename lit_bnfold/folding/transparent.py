@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_bnfold.folding.graph import Call, Ref, ValueGraph
+from lit_bnfold.folding.graph import Call, Ref, ValueGraph, plain_name
 
 UNTOUCHED = -1
 """The label of elements that no map reaches."""
@@ -150,14 +151,14 @@ def _unpermute(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 def _view_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     before, after = _shapes(graph, call)
     moved = _reshape_labels(labels, before, after)
-    _check_batch_axis(labels, before, moved)
+    _check_short_axes(labels, before, moved, after)
     return moved
 
 
 def _view_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     before, after = _shapes(graph, call)
     moved = _compact(_reshape_labels(labels, after, before))
-    _check_batch_axis(moved, before, labels)
+    _check_short_axes(moved, before, labels, after)
     return moved
 
 
@@ -193,19 +194,29 @@ def _corresponding_axes(before: Sequence[int], after: Sequence[int]) -> list[tup
     return groups
 
 
-def _check_batch_axis(labels: Tensor, before: tuple[int, ...], moved: Tensor) -> None:
-    """Refuse a reshape that puts the channels first where axes of size 1 stood before them.
+def _check_short_axes(labels: Tensor, before: tuple[int, ...], moved: Tensor, after: tuple[int, ...]) -> None:
+    """Refuse a reshape that moves axes of size 1 past the channels, or puts the channels first where there were some.
 
     With one example in the batch, ``view(C, -1)`` looks like a harmless removal of the batch axis; with two it mixes
-    the examples with the channels. Only a larger batch could tell the two apart.
+    the examples with the channels. So does ``view(N, C, -1)`` with the steps of a sequence, once there are two of them.
+    Only longer axes could tell the two apart.
     """
-    axis, moved_axis = _first_axis(labels), _first_axis(moved)
-    if axis is not None and axis > 0 and moved_axis == 0 and math.prod(before[:axis]) == 1:
-        raise NotTransparent("removes an axis of size 1: a batch of at least 2 examples would show what it really does")
+    if max(labels.shape, default=1) == 1:
+        return
+    (left, right), (moved_left, moved_right) = _short_axes(labels, before), _short_axes(moved, after)
+    is_first = _first_axis(moved) == 0 and left == _first_axis(labels) > 0
+    if is_first or (left - moved_left) * (right - moved_right) < 0:
+        raise NotTransparent("removes an axis of size 1: an example of at least 2 there would show what it really does")
 
 
-def _first_axis(labels: Tensor) -> int | None:
-    return next((axis for axis, size in enumerate(labels.shape) if size > 1), None)
+def _short_axes(labels: Tensor, shape: tuple[int, ...]) -> tuple[int, int]:
+    """How many axes of size 1 a value has before and after those that its channels lie on."""
+    first, last = _first_axis(labels), labels.dim() - _first_axis(labels.permute(*range(labels.dim())[::-1]))
+    return shape[:first].count(1), shape[last:].count(1)
+
+
+def _first_axis(labels: Tensor) -> int:
+    return next(axis for axis, size in enumerate(labels.shape) if size > 1)
 
 
 def _squeeze_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
@@ -293,8 +304,11 @@ def _pick_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
 # Several inputs.
 
 
-def _joined(call: Call) -> list[int]:
-    return [ref.value for ref in call.args[0] if isinstance(ref, Ref)]
+def _joined(graph: ValueGraph, call: Call) -> list[int]:
+    joined = [ref.value for ref in call.args[0] if isinstance(ref, Ref)]
+    if len({len(graph.values[index].shape) for index in joined}) > 1:
+        raise NotTransparent("joins tensors of different ranks")
+    return joined
 
 
 def _axis_joined(graph: ValueGraph, call: Call) -> int:
@@ -305,7 +319,7 @@ def _axis_joined(graph: ValueGraph, call: Call) -> int:
 def _join_up(graph: ValueGraph, call: Call, output: int, channels: Channels) -> list[tuple[int, Channels]]:
     axis, parts, start = _axis_joined(graph, call), [], 0
     stacks = call.name == "aten.stack.default"
-    for index in _joined(call):
+    for index in _joined(graph, call):
         size = 1 if stacks else graph.values[index].shape[axis]
         labels = channels.labels if channels.labels.shape[axis] == 1 else channels.labels.narrow(axis, start, size)
         part = channels.with_labels(labels.squeeze(axis) if stacks else labels)
@@ -321,7 +335,7 @@ def _join_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
     if len({channels.shift for channels in maps.values()}) > 1:
         raise NotTransparent("joins two different maps")
     parts = []
-    for index in _joined(call):
+    for index in _joined(graph, call):
         rank = len(graph.values[call.outputs[0]].shape)
         labels = maps[index].labels if index in maps else torch.full([1] * (rank - stacks), UNTOUCHED)
         labels = labels.unsqueeze(axis) if stacks else labels
@@ -334,6 +348,11 @@ def _join_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
     return [next(iter(maps.values())).with_labels(torch.cat(aligned, axis))]
 
 
+def _adds_nothing(call: Call) -> bool:
+    # As `sum` does, which begins with the number 0.
+    return len(call.inputs) == 1 and 0 in call.args[:2]
+
+
 def _terms(graph: ValueGraph, call: Call) -> list[int]:
     terms = [argument.value for argument in call.args[:2] if isinstance(argument, Ref)]
     if len(terms) != 2 or terms[0] == terms[1]:
@@ -344,11 +363,15 @@ def _terms(graph: ValueGraph, call: Call) -> list[int]:
 
 
 def _add_up(graph: ValueGraph, call: Call, output: int, channels: Channels) -> list[tuple[int, Channels]]:
+    if _adds_nothing(call):
+        return [(call.inputs[0], channels)]
     first, second = _terms(graph, call)
     return [(first, channels), (second, replace(channels, shift=0.0))]
 
 
 def _add_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list[Channels]:
+    if _adds_nothing(call):
+        return [maps[call.inputs[0]]]
     first, second = (maps.get(index) for index in _terms(graph, call))
     if first is None or second is None or not torch.equal(first.labels, second.labels):
         raise NotTransparent("adds something that is not scaled in the same way")
@@ -385,6 +408,73 @@ def _unless_mixed(labels: Tensor, axes: list[int]) -> Tensor:
     return labels
 
 
+# Each output is an average, or a copy, of inputs of the same channel; the axes of an image are the last ones.
+
+
+def _spatial(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    rank = labels.dim()
+    spatial = int(next(letter for letter in plain_name(call.name) if letter.isdigit()))
+    return _unless_mixed(labels, list(range(rank - spatial, rank)))
+
+
+def _circular(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    # Padding comes as two numbers for each of the last axes.
+    padded = len(_argument(call, 1, "pad")) // 2
+    return _unless_mixed(labels, list(range(labels.dim() - padded, labels.dim())))
+
+
+def _pooled(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    padding, counts_padding = _argument(call, 3, "padding", 0), _argument(call, 5, "count_include_pad", True)
+    if counts_padding and any(padding if isinstance(padding, tuple) else (padding,)):
+        raise NotTransparent("counts zeros of its padding in")
+    if _argument(call, 6, "divisor_override") is not None:
+        raise NotTransparent("divides by something else than the number of elements")
+    return _spatial(graph, call, labels)
+
+
+def _shuffle_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    factor = _argument(call, 1, "upscale_factor")
+    labels = _unless_mixed(labels, [labels.dim() - 2, labels.dim() - 1])
+    return labels.repeat_interleave(factor * factor, -3) if labels.shape[-3] > 1 else labels
+
+
+def _shuffle_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    factor = _argument(call, 1, "upscale_factor")
+    labels = _unless_mixed(labels, [labels.dim() - 2, labels.dim() - 1])
+    if labels.shape[-3] == 1:
+        return labels
+    labels = labels.unflatten(-3, (-1, factor * factor))
+    if bool((labels != labels.narrow(-3, 0, 1)).any()):
+        raise NotTransparent("spreads channels over places")
+    return labels.select(-3, 0)
+
+
+def _rolled(graph: ValueGraph, call: Call, labels: Tensor, sign: int) -> Tensor:
+    shifts, axes = _argument(call, 1, "shifts"), _argument(call, 2, "dims", ())
+    if not axes:
+        raise NotTransparent("rolls over all axes at once")
+    return labels.roll([sign * shift for shift in shifts], axes)
+
+
+def _flipped(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    return labels.flip(_argument(call, 1, "dims"))
+
+
+# A repetition along axes of size 1.
+
+
+def _expand_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    before, after = _shapes(graph, call)
+    new = len(after) - len(before)
+    repeated = [axis for axis, size in enumerate(after) if axis < new or before[axis - new] != size]
+    return _unless_mixed(labels, repeated).reshape(labels.shape[new:])
+
+
+def _expand_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    before, after = _shapes(graph, call)
+    return labels.reshape([1] * (len(after) - len(before)) + list(labels.shape))
+
+
 _IDENTITY = _moving(_same, _same)
 _VIEW = _moving(_view_up, _view_down)
 _PERMUTE = _moving(_unpermute, lambda graph, call, labels: labels.permute(_permutation(graph, call)))
@@ -392,6 +482,17 @@ _SQUEEZE = _moving(_squeeze_up, _squeeze_down)
 _PICK = Rule(_pick_up, _pick_down)
 _JOIN = Rule(_join_up, _join_down)
 _ADD = Rule(_add_up, _add_down)
+
+_SPATIAL_NAMES = (
+    "aten._adaptive_avg_pool2d.default",
+    "aten._adaptive_avg_pool3d.default",
+    *(f"aten.{kind}_pad{n}d.default" for kind in ("reflection", "replication") for n in (1, 2, 3)),
+    *(f"aten.{kind}{n}d.default" for kind in ("upsample_nearest", "_upsample_nearest_exact") for n in (1, 2, 3)),
+    "aten.upsample_linear1d.default",
+    "aten.upsample_bilinear2d.default",
+    "aten.upsample_bicubic2d.default",
+    "aten.upsample_trilinear3d.default",
+)
 
 RULES: dict[str, Rule] = {
     "aten.alias.default": _IDENTITY,
@@ -419,5 +520,13 @@ RULES: dict[str, Rule] = {
     "aten.add.Tensor": _ADD,
     "aten.sub.Tensor": _ADD,
     "aten.mean.dim": _moving(_mean_up, _mean_down),
+    "aten.expand.default": _moving(_expand_up, _expand_down),
+    "aten.flip.default": _moving(_flipped, _flipped),
+    "aten.roll.default": _moving(partial(_rolled, sign=-1), partial(_rolled, sign=1)),
+    "aten.pixel_shuffle.default": _moving(_shuffle_up, _shuffle_down),
+    "aten.avg_pool2d.default": _moving(_pooled, _pooled),
+    "aten.avg_pool3d.default": _moving(_pooled, _pooled),
+    "circular_pad": _moving(_circular, _circular),
+    **dict.fromkeys(_SPATIAL_NAMES, _moving(_spatial, _spatial)),
 }
 """The table: the name of each transparent operation, with its rule."""

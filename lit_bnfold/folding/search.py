@@ -1,0 +1,436 @@
+"""From the value graph to the plan: the search for the layers that can take a BatchNorm.
+
+Pure: reads the graph and touches no model. The question asked of every BatchNorm is: if its affine map were applied
+elsewhere, to the outputs of the layers before it or to the inputs of those after it, would any value change that
+anybody else can see? The walk finds the layers, and everything met on the way is checked for whoever else can see it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+from lit_bnfold.folding.graph import Call, Layer, Obstacle, Value, ValueGraph
+from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
+from lit_bnfold.folding.transparent import RULES, Channels, NotTransparent
+
+# A BatchNorm beside another one that stays: once that one is folded, this one may be as well.
+_NEIGHBOURS = ("behind-batchnorm", "before-batchnorm")
+
+
+def make_plan(graph: ValueGraph) -> FoldingPlan:
+    """Decide about every BatchNorm of a recorded model.
+
+    Args:
+        graph: What one run of the model did.
+
+    Returns:
+        The plan.
+    """
+    folded: dict[str, Fold] = {}
+    stays: dict[str, list[Obstacle]] = {}
+    pending = _in_order_of_the_run(graph)
+    while pending:
+        before = len(folded)
+        for name in pending:
+            fold, stays[name] = _search(graph, name, folded)
+            if fold is not None:
+                folded[name] = fold
+        has_moved = len(folded) > before
+        pending = [
+            name
+            for name in pending
+            if has_moved and name not in folded and any(code in _NEIGHBOURS for code, _ in stays[name])
+        ]
+    kept = (Kept(name, *_reason(stays[name])) for name in graph.batchnorms if name not in folded)
+    return FoldingPlan(tuple(folded.values()), tuple(kept))
+
+
+def _in_order_of_the_run(graph: ValueGraph) -> list[str]:
+    called = [name for name in graph.calls_of if name in graph.batchnorms]
+    return called + [name for name in graph.batchnorms if name not in graph.calls_of]
+
+
+def _search(graph: ValueGraph, name: str, folded: dict[str, Fold]) -> tuple[Fold | None, list[Obstacle]]:
+    """The first fold that is possible, or the obstacles to each."""
+    obstacles = []
+    for search in (_Backward, _Forward, _Parallel):
+        try:
+            return search(graph, name, folded).fold(), []
+        except _StaysError as stay:
+            obstacles.append(stay.obstacle)
+    return None, obstacles
+
+
+def _reason(obstacles: list[Obstacle]) -> tuple[str, str]:
+    """The sentence and the code for a BatchNorm that stays."""
+    (code, backward), (_, forward), *_ = obstacles
+    return backward if forward == backward else f"{backward}; and {forward}", code
+
+
+class _StaysError(Exception):
+    """A BatchNorm has to stay."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.obstacle: Obstacle = (code, reason)
+
+
+class _Search:
+    """What the three searches have in common.
+
+    Args:
+        graph: What the run did.
+        name: Name of the BatchNorm.
+        folded: The BatchNorms that are folded already.
+    """
+
+    direction: str
+
+    def __init__(self, graph: ValueGraph, name: str, folded: dict[str, Fold]) -> None:
+        self.graph = graph
+        self.name = name
+        self.folded = folded
+        self.calls = graph.calls_of.get(name, [])
+        self.maps: dict[int, Channels] = {}
+        self.layers: dict[str, None] = {}
+
+    def fold(self) -> Fold:
+        """The fold.
+
+        Raises:
+            _StaysError: If there is none.
+        """
+        self._check_batchnorm()
+        self._walk()
+        if not self.layers:
+            raise _StaysError("no-layer", "nothing reads its output")
+        in_order = sorted(self.layers, key=lambda layer: self.graph.calls_of[layer][0].index)
+        parts = tuple(self._part(layer) for layer in in_order)
+        self._check_erasure()
+        self._check_other_paths()
+        return Fold(self.name, parts, self.direction)
+
+    def _walk(self) -> None:
+        raise NotImplementedError
+
+    def _part_of_call(self, name: str, layer: Layer, call: Call) -> Part:
+        raise NotImplementedError
+
+    def _check_batchnorm(self) -> None:
+        facts = self.graph.batchnorms[self.name]
+        if facts.obstacle is not None:
+            raise _StaysError(*facts.obstacle)
+        if not self.calls:
+            raise _StaysError("not-reached", "the run did not reach it")
+        for tensor in facts.parameters:
+            self._check_readers(tensor, "batchnorm")
+
+    def _check_readers(self, tensor: str, kind: str, owner: str | None = None) -> None:
+        """A parameter that would change or go may be read by its own module alone."""
+        value = self.graph.named_values[tensor]
+        for call in self.graph.users(value):
+            if call.kind != kind or (owner is not None and call.owner != owner):
+                raise _StaysError("parameter-read", f"`{tensor}` is also read by {self.graph.where(call)}")
+        self._check_memory(value, f"`{tensor}`")
+
+    def _check_memory(self, value: Value, named: str) -> None:
+        if value.storage in self.graph.writers:
+            writer = self.graph.where(self.graph.writers[value.storage][0])
+            raise _StaysError("written", f"{named} is written in place by {writer}")
+        if value.storage in self.graph.aliased:
+            raise _StaysError("aliased", f"{named} {self.graph.aliased[value.storage]}")
+
+    def _check_hidden(self, value: Value) -> None:
+        """Nobody may see a value but those who were seen reading it."""
+        if value.fate is not None:
+            raise _StaysError("kept-alive", f"{self._named(value)} {value.fate}")
+        self._check_memory(value, self._named(value))
+
+    def _is_passed(self, call: Call) -> bool:
+        """Whether a call is that of a BatchNorm which is folded and passes on what it is given."""
+        fold = self.folded.get(call.owner or "") if call.kind == "batchnorm" else None
+        return fold is not None and fold.direction != "parallel"
+
+    def _start(self, value: Value) -> Channels:
+        return Channels.along(1, self.graph.batchnorms[self.name].num_features, len(value.shape))
+
+    def _part(self, name: str) -> Part:
+        layer = self.graph.layers[name]
+        if layer.obstacle is not None:
+            raise _StaysError(*layer.obstacle)
+        for tensor in layer.parameters:
+            self._check_readers(tensor, "layer", name)
+        parts = {self._part_of_call(name, layer, call) for call in self.graph.calls_of[name]}
+        if len(parts) > 1:
+            raise _StaysError("two-maps", f"`{name}` is called several times and asked for different maps")
+        return parts.pop()
+
+    def _part_along(self, name: str, channels: Channels | None, axis: int, size: int) -> Part:
+        if channels is None:
+            raise _StaysError("other-call", f"`{name}` is also called where nothing is normalised")
+        along = channels.along_axis(axis, size)
+        if along is None:
+            raise _StaysError("channel-axis", f"its channels do not lie on those of `{name}`")
+        is_whole = along == tuple(range(self.graph.batchnorms[self.name].num_features))
+        return Part(name, None if is_whole else along, channels.shift)
+
+    def _check_erasure(self) -> None:
+        """Without the BatchNorm its output is its input: that must not show either."""
+        for call in self.calls:
+            before, after = self.graph.values[call.inputs[0]], self.graph.values[call.outputs[0]]
+            is_laid_out_anew = _layout(before) != _layout(after)
+            if after.storage in self.graph.writers and (is_laid_out_anew or any(map(self._is_forked, self.maps))):
+                writer = self.graph.where(self.graph.writers[after.storage][0])
+                raise _StaysError("written", f"its output is written in place by {writer}")
+            if is_laid_out_anew and self.graph.is_reinterpreted(after):
+                raise _StaysError("layout", "it lays its output out anew in memory, and a later `view` relies on that")
+            if before.dtype != after.dtype:
+                raise _StaysError("layout", f"it turns {before.dtype} into {after.dtype}")
+
+    def _is_forked(self, index: int) -> bool:
+        """Whether others share the memory of a value met on the way, or autograd forbids writing into it."""
+        value = self.graph.values[index]
+        maker = self.graph.maker(value)
+        return len(value.users) > 1 or (maker is not None and len(maker.outputs) > 1)
+
+    def _check_other_paths(self) -> None:
+        """Where a tensor became a Python value, the run showed one path of several through the modules then running."""
+        involved = [*self.calls, *(call for layer in self.layers for call in self.graph.calls_of[layer])]
+        around = [set(self.graph.modules_around(call.frame)) for call in involved]
+        common = set.intersection(*around)
+        innermost = [m for m in self.graph.modules_around(involved[0].frame) if m in common][-1]
+        if innermost in self.graph.forked:
+            place = "the code around it" if innermost is None else f"`{innermost}`" if innermost else "the model"
+            raise _StaysError(
+                "python-value", f"{place} makes a Python value of a tensor and may branch on it next time"
+            )
+
+    def _check_unwritten_between(self, value: Value, calls: Iterable[Call]) -> None:
+        """What two calls read at different times must be the same both times."""
+        times = [call.index for call in calls]
+        for writer in self.graph.writers.get(value.storage, ()):
+            if min(times) < writer.index < max(times):
+                raise _StaysError(
+                    "written",
+                    f"{self._named(value)} is written in place by {self.graph.where(writer)} after it was read",
+                )
+        if value.storage in self.graph.aliased:
+            raise _StaysError("aliased", f"{self._named(value)} {self.graph.aliased[value.storage]}")
+
+    def _named(self, value: Value) -> str:
+        call = self.graph.maker(value)
+        if call is None:
+            return f"`{value.name}`" if value.name else "an input"
+        if call.owner is not None:
+            return f"the output of `{call.owner}`"
+        return f"what {self.graph.where(call)} gave"
+
+    def _seen_by(self, value: Value, call: Call) -> _StaysError:
+        return _StaysError("other-reader", f"{self._named(value)} is also read by {self.graph.where(call)}")
+
+
+class _Backward(_Search):
+    """Into the layers before the BatchNorm: up from its inputs to outputs of layers, then down over what was met."""
+
+    direction = "backward"
+
+    def _walk(self) -> None:
+        self._walk_up()
+        for index, channels in self.maps.items():
+            value = self.graph.values[index]
+            self._check_hidden(value)
+            for call in self.graph.users(value):
+                self._check_user(value, channels, call)
+
+    def _walk_up(self) -> None:
+        pending: list[int] = []
+        for call in self.calls:
+            value = self.graph.values[call.inputs[0]]
+            self._ask(value.index, self._start(value), pending)
+        while pending:
+            value = self.graph.values[pending.pop()]
+            self._check_quickly(value)
+            for index, channels in self._asked_by(value):
+                self._ask(index, channels, pending)
+
+    def _ask(self, index: int, channels: Channels, pending: list[int]) -> None:
+        known = self.maps.get(index)
+        if known is not None:
+            try:
+                channels = known.merged_with(channels)
+            except NotTransparent as reason:
+                raise _StaysError("two-maps", f"{self._named(self.graph.values[index])} {reason}") from None
+            if channels.same_as(known):
+                return
+        self.maps[index] = channels
+        pending.append(index)
+
+    def _asked_by(self, value: Value) -> list[tuple[int, Channels]]:
+        call, channels = self.graph.maker(value), self.maps[value.index]
+        if call is None:
+            raise _StaysError("no-layer", f"it normalises {self._named(value)}, which no layer made")
+        if call.kind == "layer":
+            assert call.owner is not None
+            self.layers[call.owner] = None
+            return []
+        if self._is_passed(call):
+            return [(call.inputs[0], channels)]
+        if call.kind == "batchnorm":
+            raise _StaysError("behind-batchnorm", f"it normalises what the BatchNorm `{call.owner}` gave, which stays")
+        if call.name not in RULES:
+            raise _StaysError("no-layer", f"it normalises what {self.graph.where(call)} made, which is no layer")
+        try:
+            return RULES[call.name].up(self.graph, call, call.outputs.index(value.index), channels)
+        except NotTransparent as reason:
+            raise _StaysError("not-transparent", f"{self.graph.where(call)} before it {reason}") from None
+
+    def _check_quickly(self, value: Value) -> None:
+        """Leave early, so that a long chain of sums is not walked again from each of its members."""
+        for call in self.graph.users(value):
+            if not self._is_passed(call) and call.owner != self.name and call.name not in RULES:
+                raise self._seen_by(value, call)
+
+    def _check_user(self, value: Value, channels: Channels, call: Call) -> None:
+        if call.owner == self.name:
+            return
+        if self._is_passed(call):
+            outputs = [channels]
+        else:
+            try:
+                maps = {index: self.maps[index] for index in call.inputs if index in self.maps}
+                outputs = RULES[call.name].down(self.graph, call, maps)
+            except (NotTransparent, KeyError):
+                raise self._seen_by(value, call) from None
+        for index, output in zip(call.outputs, outputs, strict=True):
+            asked = self.maps.get(index)
+            if output.touches and (asked is None or not asked.same_as(output)):
+                raise self._seen_by(value, call)
+
+    def _part_of_call(self, name: str, layer: Layer, call: Call) -> Part:
+        return self._part_along(name, self.maps.get(call.outputs[0]), layer.channel_axis, layer.out_channels)
+
+
+class _Forward(_Search):
+    """Into the layers after the BatchNorm: down from its outputs, until every reader is a layer that can take it."""
+
+    direction = "forward"
+
+    def _walk(self) -> None:
+        # In the order of the run, so that a call is looked at when everything that it reads is known.
+        readers: list[int] = []
+        for call in self.calls:
+            value = self.graph.values[call.outputs[0]]
+            self._give(value.index, self._start(value), readers)
+        last: list[Call] = []
+        while readers:
+            call = self.graph.calls[heapq.heappop(readers)]
+            if last and call is last[-1]:
+                continue  # It reads several values on the way and was entered once for each.
+            last.append(call)
+            for index, channels in zip(call.outputs, self._passed_by(call), strict=False):
+                if channels.touches:
+                    self._give(index, channels, readers)
+        for call in self.calls:
+            self._check_unwritten_between(self.graph.values[call.inputs[0]], (call, *last[-1:]))
+
+    def _give(self, index: int, channels: Channels, readers: list[int]) -> None:
+        self.maps[index] = channels
+        value = self.graph.values[index]
+        self._check_hidden(value)
+        for reader in value.users:
+            heapq.heappush(readers, reader)
+
+    def _passed_by(self, call: Call) -> list[Channels]:
+        maps = {index: self.maps[index] for index in call.inputs if index in self.maps}
+        first = self.graph.values[next(iter(maps))]
+        if call.kind == "layer" and set(maps) == {call.inputs[0]}:
+            assert call.owner is not None
+            self.layers[call.owner] = None
+            return []
+        if self._is_passed(call) and set(maps) == {call.inputs[0]}:
+            return [maps[call.inputs[0]]]
+        if call.kind == "batchnorm":
+            raise _StaysError("before-batchnorm", f"{self._named(first)} is read by the BatchNorm `{call.owner}`")
+        if call.name not in RULES:
+            raise _StaysError(
+                "no-layer", f"{self._named(first)} is read by {self.graph.where(call)}, which is no layer"
+            )
+        try:
+            return RULES[call.name].down(self.graph, call, maps)
+        except NotTransparent as reason:
+            raise _StaysError("not-transparent", f"{self.graph.where(call)} after it {reason}") from None
+
+    def _part_of_call(self, name: str, layer: Layer, call: Call) -> Part:
+        if not layer.takes_inputs:
+            raise _StaysError("no-layer", f"its output goes into `{name}`, whose inputs cannot be scaled and shifted")
+        if layer.pads_with_zeros(call):
+            raise _StaysError("zero-padding", f"its output goes into `{name}`, which pads it with zeros")
+        return self._part_along(name, self.maps.get(call.inputs[0]), layer.channel_axis, layer.in_channels)
+
+
+class _Parallel(_Search):
+    """Into a layer of the same input whose output it is added to, as in RepVGG; its own output is then nothing."""
+
+    direction = "parallel"
+
+    def _walk(self) -> None:
+        if len(self.calls) > 1:
+            raise _StaysError("other-call", "it is called several times")
+        output = self.graph.values[self.calls[0].outputs[0]]
+        self._check_hidden(output)
+        for call in self.graph.users(output):
+            if len(output.users) > 1 or not _is_plain_sum(self.graph, call):
+                raise self._seen_by(output, call)
+            other = next(index for index in call.inputs if index != output.index)
+            layer = self._addend(self.graph.values[other], call)
+            if layer is None:
+                raise _StaysError("no-layer", "it is not added to the output of a layer of the same input")
+            self._check_unwritten_between(self.graph.values[layer.inputs[0]], (layer, self.calls[0]))
+            assert layer.owner is not None
+            self.layers[layer.owner] = None
+
+    def _addend(self, value: Value, reader: Call) -> Call | None:
+        """The layer's call that made a value, alone or as one of several summands, if it could take the BatchNorm."""
+        maker = self.graph.maker(value)
+        if maker is None or value.users != [reader.index] or value.fate is not None:
+            return None
+        if value.storage in self.graph.writers or value.storage in self.graph.aliased:
+            return None
+        if maker.kind == "layer":
+            return maker if self._is_fit(maker) else None
+        if self._is_passed(maker) or maker.name == "aten.add.Tensor":
+            is_sum = maker.kind == "operation"
+            if is_sum and not _is_plain_sum(self.graph, maker) and len(maker.inputs) > 1:
+                return None
+            sources = maker.inputs if is_sum else maker.inputs[:1]
+            found = (self._addend(self.graph.values[index], maker) for index in sources)
+            return next((call for call in found if call is not None), None)
+        return None
+
+    def _is_fit(self, call: Call) -> bool:
+        layer = self.graph.layers[call.owner or ""]
+        before, after = self.graph.values[call.inputs[0]], self.graph.values[call.outputs[0]]
+        channels = self.graph.batchnorms[self.name].num_features
+        return (
+            call.inputs[0] == self.calls[0].inputs[0]
+            and len(self.graph.calls_of[call.owner or ""]) == 1
+            and before.shape == after.shape
+            and len(before.shape) + layer.channel_axis == 1
+            and layer.in_channels == layer.out_channels == channels
+            and layer.has_centre_tap(call)
+        )
+
+    def _part_of_call(self, name: str, layer: Layer, call: Call) -> Part:
+        return Part(name)
+
+
+def _is_plain_sum(graph: ValueGraph, call: Call) -> bool:
+    """Whether a call adds two different tensors of one shape, each once."""
+    is_add = call.name == "aten.add.Tensor" and not call.kwargs and len(call.args) == 2 and len(call.inputs) == 2
+    return is_add and len({graph.values[index].shape for index in (*call.inputs, *call.outputs)}) == 1
+
+
+def _layout(value: Value) -> tuple[int, ...]:
+    """Strides of the axes on which there is more than one step to take."""
+    return tuple(stride for size, stride in zip(value.shape, value.stride, strict=True) if size > 1)

@@ -1,0 +1,114 @@
+"""The arithmetic of folding, against the formula written out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_bnfold.folding.algebra import fold_into_outputs, round_like, scale_and_shift
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def statistics(dtype: torch.dtype = torch.float64, channels: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, weight, bias = torch.randn(3, channels, dtype=torch.float64).to(dtype)
+    return mean, torch.rand(channels, dtype=torch.float64).add(0.1).to(dtype), weight, bias
+
+
+def test_scale_and_shift_are_those_of_the_plain_formula() -> None:
+    mean, var, weight, bias = statistics()
+    scale, shift = scale_and_shift(mean, var, weight, bias, eps=1e-5)
+    for c in range(5):
+        plain = float(weight[c]) / math.sqrt(float(var[c]) + 1e-5)
+        assert float(scale[c]) == pytest.approx(plain, rel=1e-15)
+        assert float(shift[c]) == pytest.approx(float(bias[c]) - float(mean[c]) * plain, rel=1e-14)
+
+
+@pytest.mark.parametrize("missing", ["weight", "bias", "both"])
+def test_a_missing_weight_counts_as_ones_and_a_missing_bias_as_zeros(missing: str) -> None:
+    mean, var, weight, bias = statistics()
+    given = (None if missing != "bias" else weight, None if missing != "weight" else bias)
+    full = (torch.ones(5) if missing != "bias" else weight, torch.zeros(5) if missing != "weight" else bias)
+    assert_equal(scale_and_shift(mean, var, *given, 1e-3), scale_and_shift(mean, var, *full, 1e-3))
+
+
+def test_eps_stays_in() -> None:
+    mean, weight, bias = torch.zeros(2), torch.ones(2), torch.zeros(2)
+    scale, _ = scale_and_shift(mean, torch.tensor([0.0, 3.0]), weight, bias, eps=1.0)
+    assert scale.tolist() == [1.0, 0.5]
+
+
+def test_batchnorm_in_eval_mode_does_the_same_as_scale_and_shift() -> None:
+    mean, var, weight, bias = statistics()
+    x = torch.randn(7, 5, dtype=torch.float64)
+    expected = torch.nn.functional.batch_norm(x, mean, var, weight, bias, eps=1e-5)
+    scale, shift = scale_and_shift(mean, var, weight, bias, 1e-5)
+    torch.testing.assert_close(scale * x + shift, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_folded_linear_is_the_linear_followed_by_the_map(with_bias: bool) -> None:
+    weight, x = torch.randn(5, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
+    bias = torch.randn(5, dtype=torch.float64) if with_bias else None
+    scale, shift = torch.randn(2, 5, dtype=torch.float64)
+    folded_weight, folded_bias = fold_into_outputs(weight, bias, scale, shift)
+    expected = scale * torch.nn.functional.linear(x, weight, bias) + shift
+    torch.testing.assert_close(torch.nn.functional.linear(x, folded_weight, folded_bias), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("statistics_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_everything_is_computed_in_float64_and_rounded_once(dtype: torch.dtype, statistics_dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(5, 3).to(dtype), torch.randn(5).to(dtype)
+    mean, var, gamma, beta = statistics(statistics_dtype)
+    folded_weight, folded_bias = fold_into_outputs(weight, bias, *scale_and_shift(mean, var, gamma, beta, 1e-5))
+    scale = gamma.double() * (var.double() + 1e-5).rsqrt()
+    shift = beta.double() - mean.double() * scale
+    assert folded_weight.dtype == folded_bias.dtype == dtype
+    assert torch.equal(folded_weight, (weight.double() * scale[:, None]).to(dtype))
+    exact = bias.double() * scale + shift
+    spacing = torch.finfo(dtype).eps * exact.abs() if dtype != torch.float64 else 1e-15 * (1 + exact.abs())
+    assert bool(((folded_bias.double() - exact).abs() <= spacing).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_that_would_be_subnormal_become_zero(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    exact = torch.tensor([tiny, -tiny, tiny * 0.75, -tiny / 2, 0.0, 1.0], dtype=torch.float64)
+    assert round_like(exact, torch.empty(6, dtype=dtype)).double().tolist() == [tiny, -tiny, 0.0, 0.0, 0.0, 1.0]
+
+
+def test_a_new_bias_has_the_dtype_of_the_weight_and_an_old_one_its_own() -> None:
+    weight, scale, shift = torch.randn(5, 3).bfloat16(), torch.ones(5).double(), torch.ones(5).double()
+    assert fold_into_outputs(weight, None, scale, shift)[1].dtype == torch.bfloat16
+    assert fold_into_outputs(weight, torch.zeros(5), scale, shift)[1].dtype == torch.float32
+
+
+def test_memory_layout_is_kept() -> None:
+    weight, (scale, shift) = torch.randn(3, 5).t(), torch.randn(2, 5).double()
+    assert not weight.is_contiguous()
+    assert fold_into_outputs(weight, None, scale, shift)[0].stride() == weight.stride()
+
+
+def test_a_weight_that_overlaps_itself_gets_memory_of_its_own() -> None:
+    weight, (scale, shift) = torch.randn(1, 3).expand(5, 3), torch.randn(2, 5).double()
+    folded, _ = fold_into_outputs(weight, None, scale, shift)
+    torch.testing.assert_close(folded.double(), weight.double() * scale[:, None], rtol=1e-6, atol=0)
+
+
+def test_rounding_takes_the_device_of_the_pattern() -> None:
+    assert round_like(torch.ones(3).double(), torch.empty(3, device="meta")).device.type == "meta"
+
+
+def test_arguments_are_left_alone() -> None:
+    given = [torch.randn(5, 3), torch.randn(5), torch.randn(5).double(), torch.randn(5).double()]
+    before = [tensor.clone() for tensor in given]
+    fold_into_outputs(*given)
+    assert_equal(given, before)
+
+
+def assert_equal(found: object, expected: object) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, check_dtype=False)

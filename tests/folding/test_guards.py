@@ -1,0 +1,963 @@
+"""Everything that keeps a BatchNorm: each test is a model that a careless fold would change."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_bnfold.folding import FoldingError, FoldingPlan, fold_batchnorm, plan_folding
+
+Judge = Callable[..., FoldingPlan]
+X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+SEQUENCE = torch.randn(5, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def linear_bn(m: Any, x: Tensor) -> Tensor:
+    return m.bn(m.fc(x))
+
+
+# Hooks.
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "code"),
+    [
+        ("0", "register_forward_pre_hook", "other-reader"),
+        ("0", "register_forward_hook", "other-reader"),
+        ("1", "register_forward_pre_hook", "hook"),
+        ("1", "register_forward_hook", "hook"),
+    ],
+)
+def test_hook_on_the_layer_or_the_batchnorm_keeps_it(judge: Judge, place: str, kind: str, code: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    getattr(model.get_submodule(place), kind)(lambda *_: None)
+    judge(model, X, kept={"1": code})
+
+
+def test_hook_that_changes_the_layers_output_keeps_the_batchnorm(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[0].register_forward_hook(lambda module, args, output: output.relu())
+    judge(model, X, kept={"1": "no-layer"})
+
+
+def test_hook_on_a_container_between_keeps_the_batchnorm(judge: Judge) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.BatchNorm1d(4)))
+    model[0].register_forward_hook(lambda module, args, output: None)
+    judge(model, X, kept={"1.0": "other-reader"})
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.BatchNorm1d(4)))
+    model[1].register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+    judge(model, X, kept={"1.0": "other-reader"})
+
+
+def test_hook_that_is_given_the_output_by_keyword_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    inner = net(lambda m, *, h: m.bn(h), bn=nn.BatchNorm1d(4))
+    inner.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+    model = net(lambda m, x: m.inner(h=m.fc(x)), fc=nn.Linear(3, 4), inner=inner)
+    judge(model, X, kept={"inner.bn": "other-reader"})
+
+
+def test_hook_that_tells_a_block_which_way_to_go_keeps_its_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        return m.bn(h) if m.normalise else h
+
+    def decide(module: Any, args: tuple[Tensor]) -> None:
+        module.normalise = bool(args[0].sum() > -1e9)
+
+    model = net(lambda m, x: m.block(x), block=net(forward))
+    model.block.register_forward_pre_hook(decide)
+    judge(model, X, kept={"block.bn": "python-value"}, others=[(X - 1e10,)])
+
+
+def test_hook_around_layer_and_batchnorm_does_not_keep_it(judge: Judge) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), nn.ReLU())
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    judge(model, X, folds={"0.1": ["0.0"]})
+
+
+def test_hook_on_every_module_keeps_the_batchnorm(judge: Judge) -> None:
+    def double(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return output * 2 if isinstance(module, nn.BatchNorm1d) else None
+
+    hook = nn.modules.module.register_module_forward_hook(double)
+    try:
+        judge(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), X, kept={"1": "hook"})
+    finally:
+        hook.remove()
+
+
+def test_hook_that_is_always_called_keeps_the_batchnorm(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[1].register_forward_hook(lambda module, args, output: output + 1, always_call=True)
+    judge(model, X, kept={"1": "hook"})
+
+
+# The BatchNorm itself.
+
+
+def test_batchnorm_left_in_training_mode_is_kept(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.bn.train()
+        return m.bn(m.fc(x))
+
+    model = net(forward)
+    before = copy.deepcopy(model.double().state_dict())
+    # It normalises by its batch, so batches of one are no input.
+    judge(model, X, kept={"bn": "batch-statistics"}, others=[(2 * X[:3],)])
+    assert list(before) == list(model.state_dict())
+
+
+def test_running_the_model_in_training_mode_does_not_move_its_statistics(net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.bn.train()
+        return m.bn(m.fc(x))
+
+    model = net(forward)
+    before = copy.deepcopy(model.state_dict())
+    plan_folding(model, (X.float(),))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_batchnorm_without_statistics_is_kept(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    judge(model, X, kept={"1": "no-statistics"}, others=[(2 * X,)])
+
+
+def test_batchnorm_that_is_not_reached_is_kept(judge: Judge, net: Any) -> None:
+    plan = judge(net(lambda m, x: m.fc(x)), X, kept={"bn": "not-reached"})
+    assert plan.kept[0].reason == "the run did not reach it"
+
+
+@pytest.mark.parametrize(
+    "glance",
+    [lambda bn: bn.running_mean.sum(), lambda bn: bn.weight.dtype.itemsize, lambda bn: bn.bias.shape[0],
+     lambda bn: bn.running_var.detach()[0], lambda bn: bn.weight.device.index or 2,
+     lambda bn: bn.num_batches_tracked + 1],
+)  # fmt: skip
+def test_statistics_read_elsewhere_keep_the_batchnorm(judge: Judge, net: Any, glance: Callable[[Any], Any]) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x)) * glance(m.bn)), X, kept={"bn": "parameter-read"})
+
+
+def test_batchnorm_whose_settings_are_read_is_folded(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x)) * m.bn.num_features + m.bn.eps), X, folds={"bn": ["fc"]})
+
+
+@pytest.mark.parametrize(
+    "look",
+    [lambda m: isinstance(m.bn, nn.BatchNorm1d), lambda m: type(m.bn).__name__ == "BatchNorm1d",
+     lambda m: hasattr(m.bn, "running_mean"), lambda m: len(list(m.parameters())) > 2,
+     lambda m: len(m.state_dict()) > 2,
+     lambda m: "bn.weight" in dict(m.named_parameters()), lambda m: "BatchNorm" in str(m)],
+)  # fmt: skip
+def test_model_that_looks_at_its_modules_keeps_its_batchnorm(
+    judge: Judge, net: Any, look: Callable[[Any], Any]
+) -> None:
+    plan = plan_folding(net(lambda m, x: m.bn(m.fc(x)) * (2 if look(m) else 3)), (X.float(),))
+    assert [kept.code for kept in plan.kept] in (["structure-read"], ["parameter-read"])
+    judge(net(lambda m, x: m.bn(m.fc(x)) * (2 if look(m) else 3)), X, kept={"bn": plan.kept[0].code})
+
+
+def test_loop_that_treats_batchnorms_in_another_way_is_seen(judge: Judge) -> None:
+    class Loop(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            for module in self:
+                x = module(x).relu() if isinstance(module, nn.BatchNorm1d) else module(x)
+            return x
+
+    judge(Loop(nn.Linear(3, 4), nn.BatchNorm1d(4)), X, kept={"1": "structure-read"})
+
+
+def test_attribute_of_a_batchnorm_that_would_be_gone_keeps_it(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x)) if m.bn.weight is not None else x)
+    judge(model, X, kept={"bn": "structure-read"})
+
+
+class ReLUBatchNorm(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class CalledBatchNorm(nn.BatchNorm1d):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x).relu()
+
+
+class PlainBatchNorm(nn.BatchNorm1d):
+    """A subclass that changes nothing."""
+
+
+def test_subclass_with_a_forward_or_a_call_of_its_own_is_kept(judge: Judge) -> None:
+    judge(nn.Sequential(nn.Linear(3, 4), ReLUBatchNorm(4)), X, kept={"1": "own-forward"})
+    judge(nn.Sequential(nn.Linear(3, 4), CalledBatchNorm(4)), X, kept={"1": "own-forward"})
+
+
+def test_subclass_that_keeps_torchs_forward_is_folded(judge: Judge) -> None:
+    judge(nn.Sequential(nn.Linear(3, 4), PlainBatchNorm(4)), X, folds={"1": ["0"]})
+
+
+def test_forward_replaced_on_the_batchnorm_keeps_it(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[1].forward = functools.partial(lambda module, x: nn.BatchNorm1d.forward(module, x) * 2, model[1])
+    judge(model, X, kept={"1": "own-forward"})
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+def test_batchnorm_that_is_not_finite_is_kept(name: str, number: float) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    getattr(model[1], name).data[0] = number
+    assert [kept.code for kept in plan_folding(model, (X.float(),)).kept] == ["not-finite"]
+
+
+def test_negative_variance_keeps_the_batchnorm() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[1].running_var.data[0] = -1.0
+    assert [kept.code for kept in plan_folding(model, (X.float(),)).kept] == ["not-finite"]
+
+
+def test_computed_weight_of_the_batchnorm_keeps_it(judge: Judge) -> None:
+    class Double(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    nn.utils.parametrize.register_parametrization(model[1], "weight", Double())
+    judge(model, X, kept={"1": "computed-weight"})
+
+
+def test_batchnorm_called_with_other_tensors_than_its_own_is_kept(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return torch.func.functional_call(m.bn, {"weight": torch.ones(4).double()}, (m.fc(x),))
+
+    judge(net(forward), X, kept={"bn": "computed-weight"})
+
+
+# Values that somebody else can see.
+
+
+@dataclass
+class Holder:
+    tensor: Any
+
+
+class Slots:
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+KEEPERS = [lambda h: h, lambda h: [h], lambda h: {"a": (1, h)}, Holder, Slots, lambda h: h[0], lambda h: h.view(-1),
+           lambda h: h.data, lambda h: h.detach(), nn.Parameter, lambda h: functools.partial(print, h),
+           lambda h: lambda: h, lambda h: (part for part in [h]), lambda h: h.untyped_storage()]  # fmt: skip
+
+
+@pytest.mark.parametrize("keep", KEEPERS)
+def test_output_kept_on_self_in_any_wrapping_is_kept(net: Any, keep: Callable[[Tensor], Any]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        vars(m)["kept"] = keep(h)
+        return m.bn(h)
+
+    plan = plan_folding(net(forward), (X.float(),))
+    assert [kept.code for kept in plan.kept] in (["kept-alive"], ["other-reader"], ["aliased"])
+
+
+@pytest.mark.parametrize("keep", KEEPERS)
+def test_output_returned_in_any_wrapping_is_kept(net: Any, keep: Callable[[Tensor], Any]) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        h = m.fc(x)
+        return m.bn(h), keep(h)
+
+    plan = plan_folding(net(forward), (X.float(),))
+    assert [kept.code for kept in plan.kept] in (["kept-alive"], ["other-reader"], ["aliased"])
+
+
+def test_output_kept_outside_the_model_is_kept(net: Any) -> None:
+    kept: list[Tensor] = []
+    plan = plan_folding(net(lambda m, x: (kept.append(h := m.fc(x)), m.bn(h))[1]), (X.float(),))
+    assert [reason.code for reason in plan.kept] == ["kept-alive"]
+    assert kept
+
+
+def test_output_in_a_reference_cycle_is_not_kept(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        cycle: list[Any] = [h]
+        cycle.append(cycle)
+        return m.bn(h)
+
+    gc.disable()
+    try:
+        judge(net(forward), X, folds={"bn": ["fc"]})
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "escape",
+    [lambda h: torch.tensor(h.tolist()), lambda h: torch.from_numpy(h.numpy().copy()), lambda h: h.sum().item(),
+     lambda h: torch.as_tensor(h.numpy()).sum(), lambda h: torch.from_dlpack(h.__dlpack__()).clone(),
+     lambda h: h.data.clone(), lambda h: torch.tensor(bytes(h.untyped_storage())[0]), lambda h: h.abs(),
+     lambda h: torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(h)).clone(), lambda h: len(str(h)),
+     lambda h: copy.deepcopy(h), lambda h: torch.tensor([float(v) for v in h.flatten()]).sum()],
+)  # fmt: skip
+def test_output_whose_numbers_are_read_before_normalisation_is_kept(
+    net: Any, escape: Callable[[Tensor], Any], randomised: Any, agree: Any
+) -> None:
+    model = randomised(net(lambda m, x: m.bn(h := m.fc(x)) * escape(h))).double().eval()
+    plan = plan_folding(model, (X,))
+    assert [kept.code for kept in plan.kept] in (["other-reader"], ["aliased"], ["parameter-read"])
+    agree(model, plan.apply(model), [(X,), (2 * X,)])
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+def test_output_whose_storage_is_kept_is_kept(net: Any) -> None:
+    model = net(lambda m, x: (m.bn(h := m.fc(x)), h.storage()))
+    assert [kept.code for kept in plan_folding(model, (X.float(),)).kept] == ["other-reader"]
+
+
+def test_function_behind_torchs_protocol_that_reads_the_output_is_seen(judge: Judge, net: Any) -> None:
+    @torch.overrides.wrap_torch_function(lambda h: (h,))
+    def first_number(h: Tensor) -> float:
+        return h.tolist()[0][0]  # type: ignore[no-any-return]
+
+    judge(net(lambda m, x: m.bn(h := m.fc(x)) * first_number(h)), X, kept={"bn": "other-reader"})
+
+    @torch.overrides.wrap_torch_function(lambda scale, h: (h,))
+    def second_number(scale: float, h: Tensor) -> float:
+        return scale * h.tolist()[0][1]  # type: ignore[no-any-return]
+
+    judge(net(lambda m, x: m.bn(h := m.fc(x)) * second_number(2.0, h)), X, kept={"bn": "other-reader"})
+
+
+# In place.
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda h: h.relu_(), lambda h: h.view(-1).mul_(2), lambda h: h[:, :2].zero_(), lambda h: h.data.abs_(),
+     lambda h: h.detach().add_(1), lambda h: torch.add(h, 1, out=h), lambda h: h.t().neg_(),
+     lambda h: h.__setitem__(0, 0.0),
+     lambda h: h.copy_(h.flip(0)), lambda h: h.set_(h.abs()), lambda h: torch._foreach_mul_([h], 2.0)],
+)  # fmt: skip
+def test_output_written_in_place_before_normalisation_is_kept(
+    net: Any, write: Callable[[Tensor], Any], randomised: Any, agree: Any
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        write(h)
+        return m.bn(h)
+
+    model = randomised(net(forward)).double().eval()
+    plan = plan_folding(model, (X,))
+    assert not plan.folds
+    agree(model, plan.apply(model), [(2 * X,)])
+
+
+def test_output_written_in_place_after_normalisation_is_folded(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x)).relu_().mul_(2)), X, folds={"bn": ["fc"]})
+
+
+def test_one_of_two_outputs_of_a_batchnorm_written_in_place_keeps_it(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        return m.bn(h).relu_() + m.bn(h)
+
+    # Without the BatchNorm both outputs would be one tensor.
+    judge(net(forward), X, kept={"bn": "written"})
+
+
+def test_normalised_part_written_in_place_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        a, b = m.fc(x).chunk(2, 1)
+        return m.bn(a).relu_() + b.relu()
+
+    judge(net(forward, fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(2)), X, kept={"bn": "written"})
+
+
+def test_weight_written_in_forward_keeps_the_batchnorm(net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.fc.weight.mul_(0.5)
+        return m.bn(m.fc(x))
+
+    model = net(forward)
+    before = model.fc.weight.detach().clone()
+    assert [kept.code for kept in plan_folding(model, (X.float(),)).kept] == ["parameter-read"]
+    assert torch.equal(model.fc.weight, before)
+
+
+def test_weight_replaced_in_forward_keeps_the_batchnorm(net: Any) -> None:
+    def set_data(m: Any, x: Tensor) -> Tensor:
+        m.fc.weight.data = m.fc.weight.data * 0.5
+        return m.bn(m.fc(x))
+
+    def set_attribute(m: Any, x: Tensor) -> Tensor:
+        m.fc.weight = nn.Parameter(m.fc.weight * 0.5)
+        return m.bn(m.fc(x))
+
+    for forward in (set_data, set_attribute):
+        model = net(forward)
+        weight, before = model.fc.weight, model.fc.weight.detach().clone()
+        assert not plan_folding(model, (X.float(),)).folds
+        assert model.fc.weight is weight
+        assert torch.equal(weight, before)
+
+
+def test_layer_replaced_in_forward_keeps_the_batchnorm(net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.fc = copy.deepcopy(m.fc)
+        return m.bn(m.fc(x))
+
+    model = net(forward)
+    layer = model.fc
+    assert not plan_folding(model, (X.float(),)).folds
+    assert model.fc is layer
+
+
+# Layers.
+
+
+class NoBias(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.relu())
+
+
+class OtherWeight(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.abs(), self.bias)
+
+
+class Closure(nn.Linear):
+    """Computes in a closure over itself, which a copy shares."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.compute = lambda x: F.linear(x, self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x)
+
+
+def test_subclass_that_would_not_use_a_new_bias_keeps_the_batchnorm(judge: Judge) -> None:
+    judge(nn.Sequential(NoBias(3, 4, bias=False), nn.BatchNorm1d(4)), X, kept={"1": "own-forward"})
+    judge(nn.Sequential(NoBias(3, 4), nn.BatchNorm1d(4)), X, kept={"1": "computed-weight"})
+
+
+def test_subclass_that_calls_linear_in_its_forward_is_folded(judge: Judge) -> None:
+    judge(nn.Sequential(Scaled(3, 4), nn.BatchNorm1d(4)), X, folds={"1": ["0"]})
+
+
+def test_subclass_that_computes_its_weight_keeps_the_batchnorm(judge: Judge) -> None:
+    judge(nn.Sequential(OtherWeight(3, 4), nn.BatchNorm1d(4)), X, kept={"1": "computed-weight"})
+
+
+def test_closure_over_the_original_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    judge(nn.Sequential(Closure(3, 4), nn.BatchNorm1d(4)), X, kept={"1": "computed-weight"})
+    model = net(linear_bn)
+    forward = model.fc.forward
+    model.fc.forward = lambda x: forward(x)
+    judge(model, X, kept={"bn": "computed-weight"})
+
+
+def test_closure_or_list_that_holds_the_batchnorm_beside_its_registration(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.alias[0](m.fc(x)))
+    vars(model)["alias"] = [model.bn]
+    judge(model, X, folds={"bn": ["fc"]})
+    # A plain function is not copied with the model: what it closes over is the original's.
+    model = net(lambda m, x: m.call(m.fc(x)))
+    bn = model.bn
+    model.call = lambda h: bn(h)
+    judge(model, X, kept={"bn": "not-reached"})
+
+
+def test_partial_that_holds_bound_methods_is_folded(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.call(m.fc(x)))
+    model.call = functools.partial(model.bn.__call__)
+    judge(model, X, folds={"bn": ["fc"]})
+
+
+def test_module_called_through_its_forward_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn.forward(m.fc(x))), X, kept={"bn": "not-reached"})
+    judge(net(lambda m, x: m.bn(m.fc.forward(x))), X, kept={"bn": "no-layer"})
+
+
+def test_container_called_through_its_forward_is_folded(judge: Judge, net: Any) -> None:
+    block = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    judge(net(lambda m, x: m.block.forward(x), block=block), X, folds={"block.1": ["block.0"]})
+
+
+def test_layer_that_is_called_but_not_registered_is_no_layer(judge: Judge, net: Any) -> None:
+    hidden = [nn.Linear(3, 4).double()]
+    judge(net(lambda m, x: m.bn(hidden[0](x)), bn=nn.BatchNorm1d(4)), X, kept={"bn": "no-layer"})
+
+
+def test_one_module_under_two_names_is_folded_once(judge: Judge, net: Any) -> None:
+    bn = nn.BatchNorm1d(4)
+    model = net(lambda m, x: m.second(m.fc(x)), fc=nn.Linear(3, 4), first=bn, second=bn)
+    judge(model, X, folds={"first": ["fc"]})
+
+
+def test_shared_block_called_twice_is_folded(judge: Judge, net: Any) -> None:
+    block = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU())
+    judge(net(lambda m, x: m.a(m.b(x)), a=block, b=block), X, folds={"a.1": ["a.0"]})
+
+
+def test_lent_weights_keep_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        lent = {"weight": torch.ones(4, 3).double(), "bias": torch.ones(4).double()}
+        return m.bn(torch.func.functional_call(m.fc, lent, (x,)))
+
+    judge(net(forward), X, kept={"bn": "computed-weight"})
+
+
+def test_vmap_inside_the_model_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: torch.vmap(lambda step: m.bn(m.fc(step)))(x))
+    judge(model, SEQUENCE, kept={"bn": "kept-alive"})
+
+
+def test_layer_of_another_dtype_is_kept_if_it_cannot_be_scaled() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[0].weight = nn.Parameter(torch.ones(4, 3, dtype=torch.complex64))
+    model[0].bias = None
+    real = torch.randn(5, 3, dtype=torch.complex64)
+    with pytest.raises(FoldingError, match="does not run"):
+        plan_folding(model, (real,))
+
+
+def test_quantised_layer_is_no_layer() -> None:
+    class Quantised(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 4)
+            del self.weight
+            self.register_buffer("weight", torch.ones(4, 3, dtype=torch.int8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+    plan = plan_folding(nn.Sequential(Quantised(), nn.BatchNorm1d(4)), (X.float(),))
+    assert [kept.code for kept in plan.kept] == ["unusual-weight"]
+
+
+def test_integer_layer_keeps_the_batchnorm() -> None:
+    class Integer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x.to(torch.int64), self.weight, self.bias).float()
+
+    model = nn.Sequential(Integer(3, 4), nn.BatchNorm1d(4))
+    model[0].weight = nn.Parameter(torch.ones(4, 3, dtype=torch.int64), requires_grad=False)
+    model[0].bias = nn.Parameter(torch.ones(4, dtype=torch.int64), requires_grad=False)
+    plan = plan_folding(model, (X.float(),))
+    assert [kept.code for kept in plan.kept] == ["not-transparent"]
+
+
+def test_buffer_for_a_weight_keeps_the_batchnorm(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    weight = model[0].weight.detach()
+    del model[0].weight
+    model[0].register_buffer("weight", weight)
+    judge(model, X, kept={"1": "unusual-weight"})
+
+
+def test_meta_model_keeps_its_batchnorm() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to("meta")
+    plan = plan_folding(model, (torch.empty(5, 3, device="meta"),))
+    assert [kept.code for kept in plan.kept] == ["unusual-weight"]
+
+
+def test_frozen_parameters_are_folded_and_stay_frozen(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4)).requires_grad_(False)
+    judge(model, X, folds={"1": ["0"]})
+    assert not model[0].weight.requires_grad
+    assert not model[0].bias.requires_grad
+
+
+def test_lazy_model_is_refused_before_its_first_batch_and_folded_after_it(judge: Judge) -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d()).double()
+    with pytest.raises(FoldingError, match=r"`0.weight` is not initialised: run the model on one batch"):
+        plan_folding(model, (X,))
+    model(X)
+    judge(model, X, folds={"1": ["0"]})
+
+
+# Layout and sizes.
+
+
+def test_layout_that_a_later_view_relies_on_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    for later in (lambda y: y.view(y.shape[0], -1), lambda y: y.as_strided((3,), (1,)), lambda y: y.view(torch.int64)):
+        model = net(lambda m, x, later=later: later(m.bn(m.fc(x).transpose(1, 2))))
+        judge(model, SEQUENCE, kept={"bn": "layout"})
+
+
+def test_layout_that_nobody_relies_on_does_not_keep_the_batchnorm(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x).transpose(1, 2)).relu()), SEQUENCE, folds={"bn": ["fc"]})
+    judge(net(lambda m, x: m.bn(m.fc(x)).view(-1)), X, folds={"bn": ["fc"]})
+
+
+def test_batch_of_one_does_not_hide_that_a_view_mixes_examples_and_channels(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).view(4, -1).t()))
+    judge(model, X[:1], kept={"bn": "not-transparent"}, others=[(X,)])
+
+
+def test_sequence_of_one_step_does_not_hide_that_a_view_mixes_steps_and_channels(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).view(x.shape[0], 4, -1)))
+    judge(model, SEQUENCE[:, :1], kept={"bn": "not-transparent"}, others=[(SEQUENCE,)])
+
+
+def test_batch_of_one_through_harmless_views_is_folded(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).view(-1, 4).view(-1, 4, 1)))
+    judge(model, X[:1], folds={"bn": ["fc"]})
+
+
+def test_batch_without_examples_keeps_the_batchnorm(judge: Judge) -> None:
+    judge(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), X[:0], kept={"1": "kept-alive"}, others=[(X,)])
+
+
+def test_square_batch_does_not_confuse_examples_and_channels(judge: Judge, net: Any) -> None:
+    x = torch.randn(4, 3, dtype=torch.float64)
+    model = net(lambda m, x: m.bn(m.fc(x).t()))
+    judge(model, x, kept={"bn": "channel-axis"}, others=[(2 * x,)])
+
+
+def test_old_style_empty_tensor_in_a_concatenation_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(torch.cat([torch.empty(0, dtype=x.dtype), m.fc(x)], 1)))
+    judge(model, X, kept={"bn": "not-transparent"})
+
+
+# Ways to call a model.
+
+
+def test_inputs_of_every_form_are_taken(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, *, x: m.bn(m.fc(x))), kwargs={"x": X}, folds={"bn": ["fc"]}, others=[])
+    judge(net(lambda m, d: m.bn(m.fc(d["a"][0]))), {"a": [X]}, folds={"bn": ["fc"]}, others=[({"a": [2 * X[:2]]},)])
+    judge(net(lambda m, h: m.bn(m.fc(h.tensor))), Holder(X), folds={"bn": ["fc"]}, others=[(Holder(2 * X[:2]),)])
+    judge(net(lambda m, xs: m.bn(m.fc(xs[0])) + len(xs)), [X, X], folds={"bn": ["fc"]}, others=[([2 * X],)])
+    judge(
+        net(lambda m: m.bn(m.fc(m.x)), x=X, fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(4)), folds={"bn": ["fc"]}, others=[()]
+    )
+
+
+def test_outputs_of_every_form_are_compared(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: Holder([m.bn(m.fc(x))])), X, folds={"bn": ["fc"]})
+
+
+def test_recording_works_inside_inference_mode(net: Any, randomised: Any, agree: Any) -> None:
+    model = randomised(net(lambda m, x: m.bn(m.fc(x).transpose(1, 2).reshape(-1, 4)))).double().eval()
+    with torch.inference_mode():
+        plan = plan_folding(model, (SEQUENCE,))
+        folded = plan.apply(model)
+    assert [fold.batchnorm for fold in plan.folds] == [] or agree(model, folded, [(SEQUENCE,)]) is None
+    model = randomised(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))).double().eval()
+    with torch.inference_mode():
+        folded = fold_batchnorm(model, (X,))
+        agree(model, folded, [(2 * X,)])
+    assert isinstance(folded[1], nn.Identity)
+    assert not any(parameter.is_inference() for parameter in folded.parameters())
+    folded(X).sum().backward()
+
+
+def test_recording_works_under_autocast(net: Any, randomised: Any) -> None:
+    model = randomised(net(lambda m, x: m.bn(m.fc(x)).relu())).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        plan = plan_folding(model, (X.float(),))
+        folded = plan.apply(model)
+        expected, found = model(X.float()), folded(X.float())
+    assert [fold.layers for fold in plan.folds] == [("fc",)]
+    assert folded.fc.weight.dtype == torch.float32
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.1, atol=0.1)
+
+
+def test_model_in_training_mode_with_mixed_flags_is_folded_as_in_eval_mode(
+    net: Any, randomised: Any, agree: Any
+) -> None:
+    model = randomised(
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    )
+    model.double().train()
+    model[1].eval()
+    flags = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    folded = fold_batchnorm(model, (X,))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == flags == [module.training for module in folded.modules()]
+    assert isinstance(folded[1], nn.Identity)
+    assert isinstance(folded[4], nn.Identity)
+    agree(model.eval(), folded.eval(), [(2 * X,)])
+
+
+def test_checkpointed_part_of_a_model_is_folded(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(lambda z: m.bn(m.fc(z)), x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    judge(net(forward), X, folds={"bn": ["fc"]})
+
+
+def test_autograd_function_that_reads_the_output_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor) -> Tensor:  # type: ignore[override]
+            return h * 2
+
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor) -> Tensor:  # type: ignore[override]
+            return h
+
+    judge(net(lambda m, x: m.bn(h := m.fc(x)) + Double.apply(h)), X, kept={"bn": "other-reader"})
+    judge(net(lambda m, x: (m.bn(h := m.fc(x)), Same.apply(h))), X, kept={"bn": "kept-alive"})
+
+
+def test_data_parallel_wrapper_is_folded(judge: Judge) -> None:
+    model = nn.DataParallel(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    judge(model, X, folds={"module.1": ["module.0"]})
+
+
+def test_generator_forward_is_folded(judge: Judge, net: Any) -> None:
+    def parts(m: Any, x: Tensor) -> Iterator[Tensor]:
+        for part in x.chunk(2):
+            yield m.bn(m.fc(part))
+
+    judge(net(lambda m, x: torch.cat(list(parts(m, x)))), X, folds={"bn": ["fc"]}, others=[(2 * X,), (X[:2],)])
+
+
+def test_module_with_attributes_of_its_inner_module_is_folded(judge: Judge) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("inner"), name)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)  # type: ignore[no-any-return]
+
+    model = nn.Sequential(Wrapper(nn.Linear(3, 4)), Wrapper(nn.BatchNorm1d(4)))
+    judge(model, X, folds={"1.inner": ["0.inner"]})
+
+
+# What no witness sees.
+
+
+def test_layer_used_in_another_thread_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        results: list[Tensor] = []
+        thread = threading.Thread(target=lambda: results.append(m.fc(x).detach()))
+        thread.start()
+        thread.join()
+        return m.bn(m.fc(x)) + results[0]
+
+    judge(net(forward), X, kept={"bn": "aliased"})
+
+
+def test_layer_used_inside_a_custom_operation_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    held: list[nn.Module] = []
+
+    @torch.library.custom_op("lit_bnfold_tests::hidden_layer", mutates_args=())
+    def hidden_layer(x: Tensor) -> Tensor:
+        return held[0](x).detach().clone()  # type: ignore[no-any-return]
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        held[:] = [m.fc]
+        return m.bn(m.fc(x)) + hidden_layer(x)
+
+    model = net(forward)
+    judge(model, X, kept={"bn": "aliased"})
+
+
+def test_custom_operation_that_reads_the_output_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    @torch.library.custom_op("lit_bnfold_tests::double", mutates_args=())
+    def double(h: Tensor) -> Tensor:
+        return h * 2
+
+    judge(net(lambda m, x: m.bn(h := m.fc(x)) + double(h)), X, kept={"bn": "other-reader"})
+
+
+def test_tensor_subclass_with_other_operations_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    class Absolute(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = super().__torch_function__(func, types, args, kwargs or {})
+            return result.abs() if func is F.linear else result
+
+    judge(net(lambda m, x: m.bn(m.fc(x.as_subclass(Absolute)))), X, kept={"bn": "kept-alive"})
+
+
+def test_tensor_subclass_that_changes_nothing_does_not_keep_the_batchnorm(judge: Judge, net: Any) -> None:
+    class Named(Tensor):
+        pass
+
+    judge(net(lambda m, x: m.bn(m.fc(x.as_subclass(Named))).as_subclass(Tensor)), X, folds={"bn": ["fc"]})
+
+
+def test_sparse_input_is_folded(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x.to_sparse()))), X, folds={"bn": ["fc"]})
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_or_traced_submodule_keeps_its_batchnorm(judge: Judge) -> None:
+    block = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double().eval()
+    for script in (torch.jit.script, lambda m: torch.jit.trace(m, X)):
+        model = nn.Sequential(script(copy.deepcopy(block)), nn.Linear(4, 4), nn.BatchNorm1d(4))
+        plan = plan_folding(model.double().eval(), (X,))
+        assert {kept.batchnorm: kept.code for kept in plan.kept} == {"0.1": "opaque"}
+        assert [fold.batchnorm for fold in plan.folds] == ["2"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_layer_or_batchnorm_keeps_it() -> None:
+    fc, bn = nn.Linear(3, 4).double(), nn.BatchNorm1d(4).double().eval()
+    for model in (nn.Sequential(torch.jit.script(fc), bn), nn.Sequential(fc, torch.jit.script(bn))):
+        plan = plan_folding(model, (X,))
+        assert [kept.batchnorm for kept in plan.kept] == ["1"]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.fc(x)).relu()  # type: ignore[no-any-return]
+
+
+def test_compiled_submodule_keeps_its_batchnorm_and_recording_compiles_nothing() -> None:
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    model = nn.Sequential(torch.compile(Block().double().eval(), backend=backend), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model.double().eval()
+    plan = plan_folding(model, (X,))
+    assert {kept.batchnorm: kept.code for kept in plan.kept} == {"0._orig_mod.bn": "opaque"}
+    assert [fold.batchnorm for fold in plan.folds] == ["2"]
+    assert not compiled
+    with torch.no_grad():
+        model(X)
+    assert compiled, "recording must not stop the compiler from compiling later"
+    torch._dynamo.reset()
+
+
+def test_module_that_compiles_itself_is_folded(randomised: Any, agree: Any) -> None:
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    for warm in (False, True):
+        model = randomised(Block()).double().eval()
+        original = copy.deepcopy(model)
+        model.compile(backend=backend)
+        if warm:
+            agree(original, model, [(X,)])
+        compiled.clear()
+        plan = plan_folding(model, (X,))
+        assert not compiled
+        assert [fold.layers for fold in plan.folds] == [("fc",)]
+        agree(original, plan.apply(model), [(2 * X,)])
+        plan.apply(model, inplace=True)
+        with torch.no_grad():
+            torch.testing.assert_close(model(2 * X), original(2 * X), rtol=0, atol=1e-12)
+        torch._dynamo.reset()
+
+
+def test_compiled_function_that_reads_the_output_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    double = torch.compile(lambda h: h * 2, backend="eager")
+    judge(net(lambda m, x: m.bn(h := m.fc(x)) + double(h)), X, kept={"bn": "other-reader"})
+    torch._dynamo.reset()
+
+
+def test_model_whose_copy_is_itself_is_refused(net: Any) -> None:
+    class Single(nn.Sequential):
+        def __deepcopy__(self, memo: Any) -> Single:
+            return self
+
+    model = Single(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with pytest.raises(FoldingError, match="cannot be copied: its copy holds parts of the model itself"):
+        plan_folding(model, (X.float(),))
+    assert model.training
+
+
+def test_model_that_cannot_be_copied_is_refused(net: Any) -> None:
+    model = net(linear_bn)
+    model.lock = threading.Lock()
+    with pytest.raises(FoldingError, match="cannot be copied"):
+        plan_folding(model, (X.float(),))
+
+
+def test_model_that_holds_tensors_of_its_last_run_is_folded(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.bn(m.fc(x))
+        m.features = [y.relu()]
+        return y
+
+    model = net(forward).double()
+    model(X)
+    assert model.features[0].grad_fn is not None
+    judge(model, X, folds={"bn": ["fc"]})
+
+
+def test_inputs_that_the_model_takes_apart_are_still_there(net: Any) -> None:
+    batch = {"x": X, "rest": [X]}
+    model = net(lambda m, b: m.bn(m.fc(b.pop("x"))))
+    plan = plan_folding(model.double(), (batch,))
+    assert [fold.batchnorm for fold in plan.folds] == ["bn"]
+    assert batch["x"] is X
+
+
+def test_attributes_that_lie_about_the_sizes_keep_the_batchnorm(judge: Judge) -> None:
+    for place, name in ((0, "out_features"), (1, "num_features")):
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        setattr(model[place], name, 5)
+        judge(model, X, kept={"1": "unusual-weight"})
+
+
+def test_forward_replaced_on_a_layer_without_bias_keeps_the_batchnorm(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4))
+    model[0].forward = functools.partial(lambda module, x: F.linear(x, module.weight), model[0])
+    judge(model, X, kept={"1": "own-forward"})
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+def test_sparse_weight_keeps_the_batchnorm() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse_csr())
+    assert [kept.code for kept in plan_folding(model, (X.float(),)).kept] == ["unusual-weight"]
+
+
+def test_batchnorm_of_a_tensor_subclass_is_kept() -> None:
+    class Doubled(Tensor):
+        """Stands for twice the numbers that it holds."""
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is F.batch_norm:
+                return 2 * super().__torch_function__(func, types, args, kwargs or {}).as_subclass(Tensor)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    model[1].weight = nn.Parameter(torch.ones(4).as_subclass(Doubled))
+    assert [kept.code for kept in plan_folding(model, (X.float(),)).kept] == ["unusual-weight"]

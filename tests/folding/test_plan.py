@@ -1,0 +1,388 @@
+"""What is folded and what is kept: the cases on which other tools are wrong, and the ones users meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_bnfold.folding import Fold, FoldingError, FoldingPlan, Kept, Part, fold_batchnorm, plan_folding
+
+Judge = Callable[..., FoldingPlan]
+X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+SEQUENCE = torch.randn(5, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+# The table of what other tools get wrong.
+
+
+def test_batchnorm_over_the_steps_of_a_sequence_is_kept_even_if_there_are_as_many_as_channels(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    judge(model, SEQUENCE, kept={"1": "channel-axis"})
+
+
+def test_one_layer_called_twice_with_two_batchnorms_keeps_both(judge: Judge, net: Any) -> None:
+    model = net(
+        lambda m, x: (m.bn1(m.fc(x)), m.bn2(m.fc(2 * x))),
+        fc=nn.Linear(3, 4), bn1=nn.BatchNorm1d(4), bn2=nn.BatchNorm1d(4),
+    )  # fmt: skip
+    judge(model, X, kept={"bn1": "other-call", "bn2": "other-call"})
+
+
+def test_two_batchnorms_on_the_same_output_are_kept(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = m.fc(x)
+        return m.bn1(h), m.bn2(h)
+
+    model = net(forward, fc=nn.Linear(3, 4), bn1=nn.BatchNorm1d(4), bn2=nn.BatchNorm1d(4))
+    judge(model, X, kept={"bn1": "other-reader", "bn2": "other-reader"})
+
+
+def test_one_layer_called_twice_and_normalised_once_keeps_its_batchnorm(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x)) + m.fc(2 * x)), X, kept={"bn": "other-call"})
+
+
+def test_one_layer_called_twice_and_normalised_twice_is_folded(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x)) + m.bn(m.fc(2 * x)).relu()), X, folds={"bn": ["fc"]})
+
+
+def test_one_batchnorm_after_two_layers_is_folded_into_both(judge: Judge, net: Any) -> None:
+    model = net(
+        lambda m, x: m.bn(m.a(x)) * m.bn(m.b(x)).tanh(), a=nn.Linear(3, 4), b=nn.Linear(3, 4), bn=nn.BatchNorm1d(4)
+    )
+    judge(model, X, folds={"bn": ["a", "b"]})
+
+
+def test_parameter_shared_by_two_layers_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(
+        lambda m, x: m.bn(m.a(x)) + m.b(x), a=nn.Linear(3, 4), b=nn.Linear(3, 4, bias=False), bn=nn.BatchNorm1d(4)
+    )
+    model.b.weight = model.a.weight
+    plan = judge(model, X, kept={"bn": "shared-parameter"})
+    assert "`a.weight` is also `b.weight`" in plan.kept[0].reason
+
+
+def test_parameter_that_shares_memory_with_another_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.a(x)) + m.b(x), a=nn.Linear(3, 4), b=nn.Linear(3, 4), bn=nn.BatchNorm1d(4)).double()
+    model.b.weight = nn.Parameter(model.a.weight.detach())
+    judge(model, X, kept={"bn": "aliased"})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_affine_or_not_and_bias_or_not_batchnorm_is_folded(judge: Judge, affine: bool, bias: bool) -> None:
+    judge(nn.Sequential(nn.Linear(3, 4, bias=bias), nn.BatchNorm1d(4, affine=affine)), X, folds={"1": ["0"]})
+
+
+def test_layer_declared_before_its_batchnorm_but_used_after_it_is_folded_forward(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.fc(m.bn(x)), fc=nn.Linear(3, 3), bn=nn.BatchNorm1d(3))
+    assert judge(model, X, folds={"bn": ["fc"]}).folds[0].direction == "forward"
+
+
+def test_python_branch_on_a_tensor_in_the_same_module_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        return m.bn(h) if x.sum() > -1e9 else h
+
+    far = torch.full((5, 3), -1e10, dtype=torch.float64)
+    judge(net(forward), X, kept={"bn": "python-value"}, others=[(far,)])
+
+
+def test_python_branch_around_a_block_does_not_keep_its_batchnorm(judge: Judge, net: Any) -> None:
+    block = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model = net(lambda m, x: m.block(x) if x.sum() > 0 else m.block(-x) * 2, block=block)
+    judge(model, X, folds={"block.1": ["block.0"]}, others=[(-X,), (X.abs(),)])
+
+
+def test_python_branch_in_another_module_does_not_keep_the_batchnorm(judge: Judge, net: Any) -> None:
+    fork = net(lambda m, x: x if x.sum() > 0 else -x, none=None)
+    model = net(lambda m, x: m.block(m.fork(x)), fork=fork, block=nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    judge(model, X, folds={"block.1": ["block.0"]}, others=[(-X,)])
+
+
+def test_block_that_is_told_the_outcome_of_a_branch_keeps_its_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor, normalise: bool) -> Tensor:
+        h = m.fc(x)
+        return m.bn(h) if normalise else h
+
+    for tell in (lambda m, x: m.block(x, bool(x.sum() > -1e9)), lambda m, x: m.block(x, normalise=bool(x[0, 0] < 1e9))):
+        judge(net(tell, block=net(forward)), X, kept={"block.bn": "python-value"}, others=[(X * 1e10,), (X * -1e10,)])
+
+
+def test_block_that_was_called_before_the_branch_does_not_keep_its_batchnorm(judge: Judge, net: Any) -> None:
+    block = net(lambda m, x, scale: m.bn(m.fc(x * scale)))
+    model = net(lambda m, x: (y := m.block(x, 2.0)) * (1 if y.sum() > 0 else -1), block=block)
+    judge(model, X, folds={"block.bn": ["block.fc"]}, others=[(-X,)])
+
+
+def test_branch_on_a_constant_does_not_keep_the_batchnorm(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x)) if torch.arange(3).sum().item() == 3 else x), X, folds={"bn": ["fc"]})
+
+
+def test_branch_on_a_constant_that_was_written_through_a_view_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        flags = torch.zeros(2, dtype=x.dtype)
+        flags[0] = (x[0, 0] > -1e9).double()
+        h = m.fc(x)
+        return m.bn(h) if flags.sum().item() > 0 else h
+
+    judge(net(forward), X, kept={"bn": "python-value"}, others=[(X - 1e10,)])
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda: torch.rand(1), lambda: torch.empty(1).uniform_(), lambda: torch.bernoulli(torch.full((1,), 0.5)),
+     lambda: torch.empty(1).exponential_(), lambda: torch.zeros(1).normal_()],
+)  # fmt: skip
+def test_branch_on_a_random_number_keeps_the_batchnorm(net: Any, draw: Callable[[], Tensor]) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        return m.bn(h) if draw().item() >= -100 else h
+
+    plan = plan_folding(net(forward), (X.float(),))
+    assert [kept.code for kept in plan.kept] == ["python-value"]
+
+
+@pytest.mark.parametrize(
+    "escape",
+    [lambda t: t.tolist(), lambda t: t.numpy().sum(), lambda t: t.sum().item(), lambda t: float(t.sum()),
+     lambda t: bool(t.any()), lambda t: t.nonzero().shape[0], lambda t: t[t > 0].shape[0], lambda t: int(t.argmax()),
+     lambda t: torch.equal(t, t), lambda t: t.untyped_storage()[0], lambda t: t.unique().shape, lambda t: repr(t)],
+)  # fmt: skip
+def test_every_way_from_a_tensor_to_a_python_value_counts_as_a_branch(
+    judge: Judge, net: Any, escape: Callable[[Tensor], Any]
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        escape(x)
+        return m.bn(m.fc(x))
+
+    judge(net(forward), X, kept={"bn": "python-value"})
+
+
+def test_normalised_output_also_added_unnormalised_is_kept(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: (h := m.fc(x)) + m.bn(h)), X, kept={"bn": "other-reader"})
+
+
+def test_output_returned_before_normalisation_is_kept(judge: Judge, net: Any) -> None:
+    plan = judge(net(lambda m, x: (m.bn(h := m.fc(x)), h)), X, kept={"bn": "kept-alive"})
+    assert plan.kept[0].reason.startswith("the output of `fc` is returned by the model; and ")
+
+
+def test_output_returned_in_a_dict_before_normalisation_is_kept(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: {"h": (h := m.fc(x)), "y": m.bn(h)}), X, kept={"bn": "kept-alive"})
+
+
+def test_output_kept_on_self_before_normalisation_is_kept(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.hidden = m.fc(x)
+        return m.bn(m.hidden)
+
+    model = net(forward)
+    judge(model, X, kept={"bn": "kept-alive"})
+
+
+def test_weight_read_elsewhere_in_forward_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    plan = judge(net(lambda m, x: m.bn(m.fc(x)) + m.fc.weight.sum()), X, kept={"bn": "parameter-read"})
+    assert plan.kept[0].reason.startswith("`fc.weight` is also read by `sum` in the model; and ")
+
+
+def test_bias_read_elsewhere_in_forward_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x)) + m.fc.bias), X, kept={"bn": "parameter-read"})
+
+
+def test_weight_used_by_another_layer_s_function_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x)) + nn.functional.linear(x, m.fc.weight))
+    judge(model, X, kept={"bn": "parameter-read"})
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_weight_norm_of_either_form_keeps_the_batchnorm(judge: Judge) -> None:
+    parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+    judge(nn.Sequential(parametrised, nn.BatchNorm1d(4)), X, kept={"1": "computed-weight"})
+    hooked = nn.utils.weight_norm(nn.Linear(3, 4).double())
+    model = nn.Sequential(hooked, nn.BatchNorm1d(4)).double().eval()
+    assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["other-reader"]
+    # The weight that the old form leaves on the layer has a gradient history, which `deepcopy` refuses to copy.
+    torch.testing.assert_close(fold_batchnorm(model, (X,))(X), model(X), rtol=0, atol=1e-12)
+
+
+def test_spectral_norm_keeps_the_batchnorm(judge: Judge) -> None:
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4).double())
+    judge(nn.Sequential(layer, nn.BatchNorm1d(4)), X, kept={"1": "computed-weight"})
+
+
+# What folds.
+
+
+def test_every_batchnorm_of_a_deep_model_is_folded(judge: Judge) -> None:
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(3, 4), *blocks)
+    judge(model, X, folds={f"{i}.1": [f"{i}.0"] for i in (1, 2, 3)})
+
+
+def test_batchnorm_behind_batchnorm_is_folded_too(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    plan = judge(model, X, folds={"1": ["0"], "2": ["0"], "3": ["0"]})
+    assert [fold.batchnorm for fold in plan.folds] == ["1", "2", "3"]
+
+
+def test_batchnorm_behind_one_that_stays_is_kept(judge: Judge) -> None:
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    judge(model, X, kept={"1": "no-layer", "2": "behind-batchnorm"})
+
+
+def test_batchnorm_called_twice_in_a_row_is_kept(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.bn(m.fc(x)))), X, kept={"bn": "behind-batchnorm"})
+
+
+def test_sum_of_two_layers_takes_the_scale_twice_and_the_shift_once(judge: Judge, net: Any) -> None:
+    for add in (lambda a, b: a + b, lambda a, b: a - b, lambda a, b: torch.add(a, b, alpha=2)):
+        model = net(
+            lambda m, x, add=add: m.bn(add(m.a(x), m.b(x))), a=nn.Linear(3, 4), b=nn.Linear(3, 4), bn=nn.BatchNorm1d(4)
+        )
+        plan = judge(model, X, folds={"bn": ["a", "b"]})
+        assert [part.shift for part in plan.folds[0].parts] == [1.0, 0.0]
+
+
+def test_sum_of_a_layer_and_its_input_is_kept(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x) + x), fc=nn.Linear(3, 3), bn=nn.BatchNorm1d(3))
+    judge(model, X, kept={"bn": "other-reader"})
+
+
+def test_sum_of_a_layer_with_itself_is_kept(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn((h := m.fc(x)) + h)), X, kept={"bn": "not-transparent"})
+
+
+def test_two_calls_of_one_layer_in_one_sum_are_kept(judge: Judge, net: Any) -> None:
+    # One call would have to take the shift, and the other not.
+    judge(net(lambda m, x: m.bn(m.fc(x) + m.fc(x.exp()))), X, kept={"bn": "two-maps"})
+
+
+def test_sum_with_a_number_or_of_other_shapes_is_kept(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x) + 1.0)), X, kept={"bn": "not-transparent"})
+    model = net(
+        lambda m, x: m.bn(m.a(x) + m.b(x).mean(0, keepdim=True)),
+        a=nn.Linear(3, 4), b=nn.Linear(3, 4), bn=nn.BatchNorm1d(4),
+    )  # fmt: skip
+    judge(model, X, kept={"bn": "not-transparent"})
+
+
+def test_concatenated_layers_take_a_slice_each(judge: Judge, net: Any) -> None:
+    model = net(
+        lambda m, x: m.bn(torch.cat([m.b(x), m.a(x)], 1)), a=nn.Linear(3, 4), b=nn.Linear(3, 2), bn=nn.BatchNorm1d(6)
+    )
+    plan = judge(model, X, folds={"bn": ["b", "a"]})
+    assert [part.channels for part in plan.folds[0].parts] == [(0, 1), (2, 3, 4, 5)]
+
+
+def test_part_of_a_layer_is_folded_and_the_rest_stays_as_it_is(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        normalised, rest = m.fc(x).split([2, 2], 1)
+        return torch.cat([m.bn(normalised), rest.relu()], 1)
+
+    plan = judge(net(forward, fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(2)), X, folds={"bn": ["fc"]})
+    assert plan.folds[0].parts[0].channels == (0, 1, -1, -1)
+
+
+def test_chunks_normalised_by_one_batchnorm_are_folded(judge: Judge, net: Any) -> None:
+    model = net(
+        lambda m, x: torch.stack([m.bn(part) for part in m.fc(x).chunk(2, 1)]), fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(2)
+    )
+    plan = judge(model, X, folds={"bn": ["fc"]})
+    assert plan.folds[0].parts[0].channels == (0, 1, 0, 1)
+
+
+def test_chunks_normalised_by_two_batchnorms_are_folded(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        a, b = m.fc(x).chunk(2, 1)
+        return m.bn1(a) * m.bn2(b)
+
+    model = net(forward, fc=nn.Linear(3, 4), bn1=nn.BatchNorm1d(2), bn2=nn.BatchNorm1d(2))
+    judge(model, X, folds={"bn1": ["fc"], "bn2": ["fc"]})
+
+
+def test_flattened_steps_of_a_sequence_are_folded(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).flatten(0, 1)).view(*x.shape[:2], 4))
+    judge(model, SEQUENCE, folds={"bn": ["fc"]}, others=[(torch.randn(2, 7, 3).double(),)])
+
+
+def test_transposed_sequence_is_folded(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).transpose(1, 2)).relu())
+    judge(model, SEQUENCE, folds={"bn": ["fc"]}, others=[(torch.randn(2, 7, 3).double(),)])
+
+
+def test_sequence_averaged_over_its_steps_is_folded(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).mean(1)))
+    judge(model, SEQUENCE, folds={"bn": ["fc"]}, others=[(torch.randn(2, 7, 3).double(),)])
+
+
+def test_average_over_the_channels_is_kept(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).mean(2)))
+    judge(model, SEQUENCE, kept={"bn": "channel-axis"})
+
+
+def test_every_second_channel_of_two_steps_is_kept(judge: Judge, net: Any) -> None:
+    # Each channel of the BatchNorm is made of a step and a channel; no weight of the layer knows of steps.
+    model = net(lambda m, x: m.bn(m.fc(x).flatten(1)), fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(16))
+    judge(model, SEQUENCE, kept={"bn": "channel-axis"})
+
+
+def test_channels_repeated_by_a_view_are_folded(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).view(-1, 2, 3)), fc=nn.Linear(3, 6), bn=nn.BatchNorm1d(2))
+    plan = judge(model, X, folds={"bn": ["fc"]})
+    assert plan.folds[0].parts[0].channels == (0, 0, 0, 1, 1, 1)
+
+
+def test_dropout_and_identity_between_are_passed(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Identity(), nn.Flatten(), nn.BatchNorm1d(4))
+    judge(model, X, folds={"4": ["0"]})
+
+
+def test_activation_between_is_not_passed(judge: Judge) -> None:
+    judge(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.BatchNorm1d(4)), X, kept={"2": "no-layer"})
+
+
+def test_one_channel_is_folded(judge: Judge) -> None:
+    judge(nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1)), X, folds={"1": ["0"]})
+    judge(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(1)), SEQUENCE[:, :1], folds={"1": ["0"]})
+
+
+# The plan itself.
+
+
+def test_plan_prints_as_a_table(net: Any) -> None:
+    plan = plan_folding(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4)), (X.float(),))
+    assert str(plan) == (
+        "1  folded backward into 0\n"
+        "3  kept: it normalises what `relu` in `2` made, which is no layer; "
+        "and the output of `3` is returned by the model"
+    )
+    assert str(FoldingPlan()) == "no BatchNorm"
+
+
+def test_kept_are_in_the_order_of_named_modules(net: Any) -> None:
+    model = net(lambda m, x: m.b(m.a(x.relu())), b=nn.BatchNorm1d(3), a=nn.BatchNorm1d(3), c=nn.BatchNorm1d(3))
+    assert [kept.batchnorm for kept in plan_folding(model, (X.float(),)).kept] == ["b", "a", "c"]
+
+
+def test_plan_of_an_unknown_version_or_shape_is_refused() -> None:
+    good = FoldingPlan((Fold("bn", (Part("fc", (0, 1)),)),), (Kept("b", "because", "code"),)).to_dict()
+    for bad in (
+        [], None, "plan", {}, good | {"version": 99}, good | {"folds": None}, good | {"folds": [{}]},
+        good | {"kept": [3]},
+        good | {"folds": [good["folds"][0] | {"direction": "sideways"}]}, good | {"kept": [{"batchnorm": "b"}]},
+        good | {"folds": [good["folds"][0] | {"parts": [{"layer": "fc", "channels": ["x"], "shift": 1}]}]},
+    ):  # fmt: skip
+        with pytest.raises(FoldingError, match=r"folding plan of version 1|FoldingPlan.to_dict"):
+            FoldingPlan.from_dict(bad)  # type: ignore[arg-type]
+
+
+def test_model_without_batchnorms_has_an_empty_plan(judge: Judge) -> None:
+    assert judge(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), X) == FoldingPlan()
+
+
+def test_bare_batchnorm_is_kept(judge: Judge) -> None:
+    judge(nn.BatchNorm1d(3), X, kept={"": "no-layer"})

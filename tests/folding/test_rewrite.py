@@ -1,0 +1,303 @@
+"""Plan and model -> folded model, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lit_bnfold.folding import Fold, FoldingError, FoldingPlan, Part, fold_batchnorm, plan_folding
+from lit_bnfold.folding.rewrite import apply_plan, copy_model, fold_structure, folded_in_place
+
+X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+Randomised = Callable[[nn.Module], nn.Module]
+
+
+def small(bias: bool = True) -> nn.Sequential:
+    layers = [nn.Linear(3, 4, bias=bias), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2, bias=bias), nn.BatchNorm1d(2)]
+    return nn.Sequential(*layers).double().eval()
+
+
+def bits(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """Everything of a model, to the bit, and which objects it is made of."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    parts: dict[str, tuple[Any, ...]] = {
+        name: (id(t), t.data_ptr(), t.requires_grad, t.dtype, t.stride(), t.detach().clone().flatten().tolist())
+        for name, t in tensors.items()
+    }
+    for name, module in model.named_modules():
+        parts[f"{name}()"] = (
+            id(module),
+            type(module),
+            module.training,
+            sorted(module.__dict__),
+            list(module._parameters),
+        )
+    return parts
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_folding_in_place_keeps_every_parameter_object(randomised: Randomised, agree: Any, bias: bool) -> None:
+    model = randomised(small(bias))
+    original, weights = copy.deepcopy(model), [model[0].weight, model[3].weight]
+    biases = [model[0].bias, model[3].bias]
+    assert fold_batchnorm(model, (X,), inplace=True) is model
+    assert model[0].weight is weights[0]
+    assert model[3].weight is weights[1]
+    if bias:
+        assert model[0].bias is biases[0]
+        assert model[3].bias is biases[1]
+    agree(original, model, [(X,), (2 * X[:1],)])
+
+
+def test_optimizer_goes_on_with_the_folded_parameters(randomised: Randomised) -> None:
+    model = randomised(small())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    fold_batchnorm(model, (X,), inplace=True)
+    before = model[0].weight.detach().clone()
+    model(X).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_new_bias_is_trainable_as_the_weight_is(randomised: Randomised, requires_grad: bool) -> None:
+    model = randomised(small(bias=False)).requires_grad_(requires_grad)
+    folded = fold_batchnorm(model, (X,))
+    assert folded[0].bias.requires_grad == folded[0].weight.requires_grad == requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_folded_model_keeps_its_dtypes_and_comes_as_close_as_they_allow(
+    randomised: Randomised, dtype: torch.dtype
+) -> None:
+    model = randomised(small())
+    folded = fold_batchnorm(copy.deepcopy(model).to(dtype), (X.to(dtype),))
+    assert {parameter.dtype for parameter in folded.parameters()} == {dtype}
+    with torch.no_grad():
+        exact = model(X)
+        error = (folded(X.to(dtype)).double() - exact).abs().max() / exact.abs().max()
+    assert float(error) < 8 * torch.finfo(dtype).eps
+
+
+def test_model_of_mixed_dtypes_is_folded(randomised: Randomised) -> None:
+    model = randomised(small())
+    mixed = nn.Sequential(copy.deepcopy(model[0]).bfloat16(), copy.deepcopy(model[1]).float())
+    folded = fold_batchnorm(mixed, (X.bfloat16(),))
+    assert isinstance(folded[1], nn.Identity)
+    assert folded[0].weight.dtype == torch.bfloat16
+    assert folded(X.bfloat16()).dtype == mixed(X.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(folded(X.bfloat16()), mixed(X.bfloat16()), rtol=0.05, atol=0.05)
+
+
+def test_folded_in_place_gives_everything_back_to_the_bit(randomised: Randomised, agree: Any) -> None:
+    for bias in (True, False):
+        model = randomised(small(bias))
+        plan, before, original = plan_folding(model, (X,)), bits(model), copy.deepcopy(model)
+        with folded_in_place(plan, model):
+            assert isinstance(model[1], nn.Identity)
+            agree(original, model, [(X,)])
+        assert bits(model) == before
+        assert torch.equal(model(X), original(X))
+
+
+def test_folded_in_place_gives_everything_back_when_something_raises_inside(randomised: Randomised) -> None:
+    model = randomised(small(bias=False))
+    plan, before = plan_folding(model, (X,)), bits(model)
+    with pytest.raises(ArithmeticError), folded_in_place(plan, model):
+        raise ArithmeticError
+    assert bits(model) == before
+
+
+def test_folded_in_place_gives_everything_back_when_the_plan_does_not_fit(randomised: Randomised) -> None:
+    model = randomised(small())
+    plan, before = plan_folding(model, (X,)), bits(model)
+    wrong = FoldingPlan((*plan.folds, Fold("5", (Part("3"),))))
+    with pytest.raises(FoldingError), folded_in_place(wrong, model):
+        raise AssertionError("not reached")
+    assert bits(model) == before
+
+
+def test_folded_in_place_gives_everything_back_when_a_fold_fails_halfway(
+    randomised: Randomised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = randomised(small(bias=False))
+    plan, before = plan_folding(model, (X,)), bits(model)
+    from lit_bnfold.folding import rewrite
+
+    real, left = rewrite.fold_into_outputs, [1]
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        if not left:
+            raise MemoryError
+        left.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(rewrite, "fold_into_outputs", fails)
+    with pytest.raises(MemoryError), folded_in_place(plan, model):
+        raise AssertionError("not reached")
+    assert bits(model) == before
+
+
+def test_fold_that_fails_halfway_leaves_no_layer_half_folded(
+    net: Any, randomised: Randomised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = net(lambda m, x: m.bn(m.a(x)) + m.bn(m.b(x)), a=nn.Linear(3, 4), b=nn.Linear(3, 4), bn=nn.BatchNorm1d(4))
+    model = randomised(model.double()).eval()
+    plan, expected = plan_folding(model, (X,)), model(X)
+    from lit_bnfold.folding import rewrite
+
+    real, left = rewrite.fold_into_outputs, [1]
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        if not left:
+            raise MemoryError
+        left.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(rewrite, "fold_into_outputs", fails)
+    with pytest.raises(MemoryError):
+        plan.apply(model, inplace=True)
+    assert torch.equal(model(X), expected)
+
+
+def test_structure_and_folded_numbers_make_the_folded_model(randomised: Randomised) -> None:
+    model = randomised(small(bias=False))
+    plan = plan_folding(model, (X,))
+    folded, fresh = plan.apply(model), small(bias=False)
+    fold_structure(plan, fresh)
+    assert str(fresh) == str(folded)
+    fresh.load_state_dict(folded.state_dict())
+    assert torch.equal(fresh(X), folded(X))
+
+
+def test_structure_can_be_given_to_a_model_without_numbers(randomised: Randomised) -> None:
+    model = randomised(small(bias=False))
+    plan = plan_folding(model, (X,))
+    folded = plan.apply(model)
+    with torch.device("meta"):
+        fresh = small(bias=False)
+    fold_structure(plan, fresh)
+    fresh.load_state_dict(folded.state_dict(), assign=True)
+    assert torch.equal(fresh(X), folded(X))
+
+
+def misfits() -> dict[str, tuple[nn.Module, str]]:
+    first = "The plan folds the BatchNorm `1`; the model has"
+    return {
+        "no batchnorm": (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), f"{first} ReLU of that name"),
+        "nothing": (nn.Sequential(nn.Linear(3, 4)), f"{first} nothing of that name"),
+        "no layer": (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)), "folds into the layer `0`; the model has ReLU"),
+        "other sizes": (nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(4)), "wants 4 out_features of `0`, which has 5"),
+    }
+
+
+@pytest.mark.parametrize("how", [apply_plan, fold_structure])
+@pytest.mark.parametrize("case", ["no batchnorm", "nothing", "no layer", "other sizes"])
+def test_plan_that_does_not_fit_is_refused_with_the_first_difference(
+    case: str, how: Any, randomised: Randomised
+) -> None:
+    model, message = misfits()[case]
+    model = randomised(model)
+    before = bits(model)
+    with pytest.raises(FoldingError, match=message):
+        how(FoldingPlan((Fold("1", (Part("0"),)), Fold("4", (Part("3"),)))), model)
+    assert bits(model) == before
+
+
+def test_plan_that_fits_at_first_and_not_later_changes_nothing(randomised: Randomised) -> None:
+    plan = plan_folding(randomised(small()), (X,))
+    model = randomised(nn.Sequential(*list(small())[:4], nn.ReLU()))
+    before = bits(model)
+    for inplace in (False, True):
+        with pytest.raises(FoldingError, match="The plan folds the BatchNorm `4`; the model has ReLU of that name"):
+            plan.apply(model, inplace=inplace)
+        assert bits(model) == before
+
+
+@pytest.mark.parametrize("channels", [(0, 1, 2, 4), (0, 1, 2, -2), (0, 1, 2), (0, 1, 2, 3, 3)])
+def test_plan_with_channels_that_are_not_there_is_refused(channels: tuple[int, ...]) -> None:
+    model = small()
+    with pytest.raises(FoldingError, match=r"channels|out_features"):
+        FoldingPlan((Fold("1", (Part("0", channels),)),)).apply(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_plan_is_refused_by_a_model_that_got_something_in_the_way_since(randomised: Randomised) -> None:
+    plan = plan_folding(randomised(small()), (X,))
+
+    def weight_norm(model: nn.Sequential) -> None:
+        nn.utils.parametrizations.weight_norm(model[0])
+
+    def parametrised_batchnorm(model: nn.Sequential) -> None:
+        nn.utils.parametrize.register_parametrization(model[4], "bias", nn.Tanh())
+
+    def hook(model: nn.Sequential) -> None:
+        model[1].register_forward_hook(lambda *_: None)
+
+    def tie(model: nn.Sequential) -> None:
+        model.append(nn.Linear(3, 4).double())
+        model[-1].weight = model[0].weight
+
+    def no_statistics(model: nn.Sequential) -> None:
+        model[4].running_mean = model[4].running_var = None
+
+    def not_finite(model: nn.Sequential) -> None:
+        model[4].running_var[0] = float("nan")
+
+    def to_meta(model: nn.Sequential) -> None:
+        model.to("meta")
+
+    for change in (weight_norm, parametrised_batchnorm, hook, tie, no_statistics, not_finite, to_meta):
+        model = randomised(small())
+        change(model)
+        before = list(model.modules())
+        for inplace in (False, True):
+            with pytest.raises(FoldingError, match=r"The plan folds `[14]`, which has to stay in this model: "):
+                plan.apply(model, inplace=inplace)
+        with pytest.raises(FoldingError), folded_in_place(plan, model):
+            raise AssertionError("not reached")
+        assert list(model.modules()) == before
+        assert isinstance(model[1], nn.BatchNorm1d)
+
+
+def test_plan_is_refused_by_a_model_that_is_folded_already(randomised: Randomised) -> None:
+    model = randomised(small())
+    plan = plan_folding(model, (X,))
+    with pytest.raises(FoldingError, match="`1`; the model has Identity of that name"):
+        plan.apply(plan.apply(model))
+
+
+def test_batchnorm_is_gone_wherever_the_model_holds_it(net: Any, randomised: Randomised, agree: Any) -> None:
+    bn = nn.BatchNorm1d(4)
+    model = net(lambda m, x: m.again[0](m.fc(x)), fc=nn.Linear(3, 4), first=bn, second=bn)
+    vars(model)["again"] = (bn,)
+    model = randomised(model.double()).eval()
+    folded = fold_batchnorm(model, (X,))
+    assert folded.first is folded.second is folded.again[0]
+    assert type(folded.first) is nn.Identity
+    assert not any("first" in name or "second" in name for name in folded.state_dict())
+    agree(model, folded, [(X,)])
+
+
+def test_weight_that_is_not_contiguous_keeps_its_layout(randomised: Randomised, agree: Any) -> None:
+    model = randomised(small())
+    model[0].weight = nn.Parameter(torch.randn(3, 4, dtype=torch.float64).t())
+    folded = fold_batchnorm(model, (X,))
+    assert folded[0].weight.stride() == model[0].weight.stride() == (1, 4)
+    agree(model, folded, [(X,)])
+
+
+def test_copy_of_a_model_whose_copy_shares_parameters_is_refused() -> None:
+    class Shallow(nn.Sequential):
+        def __deepcopy__(self, memo: Any) -> Shallow:
+            other = Shallow(nn.Linear(3, 4))
+            other[0].weight = self[0].weight
+            return other
+
+    with pytest.raises(FoldingError, match="its copy holds parts of the model itself"):
+        copy_model(Shallow(nn.Linear(3, 4)))

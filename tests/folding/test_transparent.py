@@ -1,0 +1,256 @@
+"""The table of transparent operations: mapping what goes in must be mapping what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_bnfold.folding.graph import Call, ValueGraph
+from lit_bnfold.folding.record import Recorder
+from lit_bnfold.folding.transparent import RULES, UNTOUCHED, Channels, NotTransparent
+
+Operation = Callable[..., Any]
+
+# Shapes of the inputs, and an operation on them. Every output is looked at, with channels on each of its axes in turn.
+CASES: dict[str, tuple[list[tuple[int, ...]], Operation]] = {
+    "clone": ([(2, 3)], torch.clone),
+    "detach": ([(2, 3)], torch.detach),
+    "alias": ([(2, 3)], torch.ops.aten.alias),
+    "float": ([(2, 3)], lambda x: x.float()),
+    "view that joins": ([(2, 3, 4)], lambda x: x.view(6, 4)),
+    "view that joins the channels": ([(2, 3, 4)], lambda x: x.view(2, 12)),
+    "view that splits": ([(2, 12)], lambda x: x.view(2, 3, 4)),
+    "view that splits and joins": ([(2, 3, 4)], lambda x: x.view(4, 6)),
+    "view of another kind": ([(6, 4)], lambda x: x.view(4, 6)),
+    "view that adds an axis": ([(2, 3)], lambda x: x.view(2, 1, 3)),
+    "view that drops an axis": ([(2, 1, 3)], lambda x: x.view(2, 3)),
+    "reshape after transpose": ([(2, 3, 4)], lambda x: x.transpose(1, 2).reshape(8, 3)),
+    "permute": ([(2, 3, 4)], lambda x: x.permute(2, 0, 1)),
+    "permute backwards": ([(2, 3, 4)], lambda x: x.permute(-1, 0, -2)),
+    "t": ([(2, 3)], lambda x: x.t()),
+    "transpose": ([(2, 3, 4)], lambda x: x.transpose(-1, 0)),
+    "squeeze": ([(2, 1, 3, 1)], lambda x: x.squeeze()),
+    "squeeze of one axis": ([(2, 1, 3, 1)], lambda x: x.squeeze(-1)),
+    "squeeze of no axis": ([(2, 1, 3)], lambda x: x.squeeze(0)),
+    "squeeze of two axes": ([(2, 1, 3, 1)], lambda x: x.squeeze((1, 3))),
+    "unsqueeze": ([(2, 3)], lambda x: x.unsqueeze(1)),
+    "unsqueeze at the end": ([(2, 3)], lambda x: x.unsqueeze(-1)),
+    "select": ([(2, 3, 4)], lambda x: x.select(1, 2)),
+    "select from the end": ([(2, 3, 4)], lambda x: x[:, -1]),
+    "slice": ([(2, 7)], lambda x: x[:, 1:6]),
+    "slice with steps": ([(2, 7)], lambda x: x[:, 1::2]),
+    "slice from the end": ([(2, 7)], lambda x: x[:, -3:-1]),
+    "slice of the first axis": ([(5, 3)], lambda x: x[1:3]),
+    "narrow": ([(2, 7)], lambda x: x.narrow(-1, 2, 3)),
+    "split": ([(2, 7)], lambda x: x.split(3, 1)),
+    "split with sizes": ([(2, 7)], lambda x: x.split([1, 4, 2], -1)),
+    "split of the first axis": ([(4, 3)], lambda x: x.split(2)),
+    "chunk": ([(2, 6)], lambda x: x.chunk(3, 1)),
+    "unbind": ([(2, 3, 4)], lambda x: x.unbind(1)),
+    "unbind of the last axis": ([(2, 3)], lambda x: x.unbind(-1)),
+    "cat": ([(2, 3), (2, 4)], lambda a, b: torch.cat([a, b], 1)),
+    "cat of the first axis": ([(2, 3), (4, 3)], lambda a, b: torch.cat([a, b])),
+    "cat of three": ([(2, 1), (2, 2), (2, 3)], lambda *x: torch.cat(x, -1)),
+    "stack": ([(2, 3), (2, 3)], lambda a, b: torch.stack([a, b], 1)),
+    "stack at the end": ([(2, 3), (2, 3)], lambda a, b: torch.stack([a, b], -1)),
+    "add": ([(2, 3), (2, 3)], torch.add),
+    "add with a factor": ([(2, 3), (2, 3)], lambda a, b: torch.add(a, b, alpha=-3)),
+    "subtract": ([(2, 3), (2, 3)], torch.sub),
+    "subtract with a factor": ([(2, 3), (2, 3)], lambda a, b: torch.sub(a, b, alpha=2)),
+    "mean": ([(2, 3, 4)], lambda x: x.mean(1)),
+    "mean that keeps the axis": ([(2, 3, 4)], lambda x: x.mean(-1, keepdim=True)),
+    "mean over two axes": ([(2, 3, 4)], lambda x: x.mean((0, 2))),
+    "add nothing": ([(2, 3)], lambda x: 0 + x),
+    "expand": ([(2, 1, 3)], lambda x: x.expand(2, 4, 3)),
+    "expand with a new axis": ([(2, 3)], lambda x: x.expand(4, 2, 3)),
+    "flip": ([(2, 3, 4)], lambda x: x.flip(1)),
+    "flip of two axes": ([(2, 3, 4)], lambda x: x.flip(0, -1)),
+    "roll": ([(2, 3, 4)], lambda x: x.roll(2, 1)),
+    "roll of two axes": ([(2, 3, 4)], lambda x: x.roll((1, -1), (0, 2))),
+    "pixel shuffle": ([(2, 12, 2, 3)], lambda x: F.pixel_shuffle(x, 2)),
+    "average pooling": ([(2, 3, 4, 5)], lambda x: F.avg_pool2d(x, 2)),
+    "average pooling past the edge": ([(2, 3, 5, 5)], lambda x: F.avg_pool2d(x, 2, ceil_mode=True)),
+    "average pooling that leaves padding out": (
+        [(2, 3, 4, 4)], lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    ),
+    "average pooling of a volume": ([(2, 3, 4, 4, 4)], lambda x: F.avg_pool3d(x, 2)),
+    "average pooling to a size": ([(2, 3, 4, 5)], lambda x: F.adaptive_avg_pool2d(x, (2, 2))),
+    "average pooling of a volume to a size": ([(2, 3, 4, 4, 4)], lambda x: F.adaptive_avg_pool3d(x, 2)),
+    "reflection of a sequence": ([(2, 3, 4)], lambda x: F.pad(x, (1, 2), mode="reflect")),
+    "reflection of an image": ([(2, 3, 4, 5)], lambda x: F.pad(x, (1, 2, 0, 1), mode="reflect")),
+    "reflection of a volume": ([(2, 3, 4, 4, 4)], lambda x: F.pad(x, (1, 1, 0, 1, 1, 0), mode="reflect")),
+    "replication of a sequence": ([(2, 3, 4)], lambda x: F.pad(x, (1, 2), mode="replicate")),
+    "replication of an image": ([(2, 3, 4, 5)], lambda x: F.pad(x, (1, 2, 0, 1), mode="replicate")),
+    "replication of a volume": ([(2, 3, 4, 4, 4)], lambda x: F.pad(x, (1, 1, 0, 1, 1, 0), mode="replicate")),
+    "circular padding": ([(2, 3, 4, 5)], lambda x: F.pad(x, (1, 2, 0, 1), mode="circular")),
+    **{
+        f"{mode} upsampling of rank {rank}": (
+            [(2, 3, *range(2, rank))], lambda x, mode=mode: F.interpolate(x, scale_factor=2, mode=mode)
+        )
+        for mode, ranks in {
+            "nearest": (3, 4, 5), "nearest-exact": (3, 4, 5), "linear": (3,), "bilinear": (4,), "bicubic": (4,),
+            "trilinear": (5,),
+        }.items()
+        for rank in ranks
+    },
+    "mean over everything": ([(2, 3)], lambda x: torch.ops.aten.mean.dim(x, [], True)),
+}  # fmt: skip
+
+
+def recorded(net: Any, operation: Operation, inputs: list[Tensor]) -> tuple[ValueGraph, Call]:
+    with torch.no_grad(), Recorder(model := net(lambda m, *x: operation(*x)).eval()) as recorder:
+        model(*inputs)
+    return recorder.graph, recorder.graph.calls[-1]
+
+
+def apply(channels: Channels | None, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    if channels is None:
+        return x
+    labels = channels.labels
+    touched = labels != UNTOUCHED
+    scale, shift = scale[labels].where(touched, 1.0), (shift * channels.shift)[labels].where(touched, 0.0)
+    return x * scale + shift
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mapping_the_inputs_is_mapping_the_outputs(net: Any, case: str) -> None:
+    shapes, operation = CASES[case]
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    graph, call = recorded(net, operation, inputs)
+    assert call.name in RULES
+    rule, expected = RULES[call.name], listed(operation(*inputs))
+    passed = 0
+    for position, index in enumerate(call.outputs):
+        shape = graph.values[index].shape
+        for axis, size in enumerate(shape):
+            scale, shift = torch.randn(2, size, dtype=torch.float64)
+            asked = Channels.along(axis, size, len(shape))
+            asked = asked.with_labels(asked.labels)
+            try:
+                maps = ask(rule.up(graph, call, position, asked))
+            except NotTransparent:
+                continue
+            mapped = given_to(operation, graph, call, inputs, maps, scale, shift)[position]
+            torch.testing.assert_close(
+                mapped, apply(asked, expected[position], scale, shift).to(mapped), rtol=0, atol=1e-6
+            )
+            try:
+                found = rule.down(graph, call, maps)[position]
+            except NotTransparent:
+                assert case in {"view that joins", "view of another kind"} or len(maps) < len(inputs)
+                continue
+            assert found.same_as(asked), "what comes down is what was asked for"
+            passed += 1
+    assert passed or case == "mean over everything"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mapping_some_inputs_is_mapping_the_outputs_so_or_refused(net: Any, case: str) -> None:
+    shapes, operation = CASES[case]
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    graph, call = recorded(net, operation, inputs)
+    expected = listed(operation(*inputs))
+    for chosen in range(1, 2 ** len(call.inputs)):
+        for axis in range(len(graph.values[call.inputs[0]].shape)):
+            maps = {}
+            for position, index in enumerate(call.inputs):
+                shape = graph.values[index].shape
+                if chosen >> position & 1:
+                    channels = Channels.along(axis, shape[axis], len(shape))
+                    maps[index] = channels.with_labels(channels.labels)
+            scale, shift = torch.randn(2, 24, dtype=torch.float64)
+            try:
+                found = RULES[call.name].down(graph, call, maps)
+            except NotTransparent:
+                continue
+            mapped = given_to(operation, graph, call, inputs, maps, scale, shift)
+            for ours, channels, plain in zip(mapped, found, expected, strict=True):
+                torch.testing.assert_close(ours, apply(channels, plain, scale, shift).to(ours), rtol=0, atol=1e-6)
+
+
+def given_to(
+    operation: Operation,
+    graph: ValueGraph,
+    call: Call,
+    inputs: list[Tensor],
+    maps: dict[int, Channels],
+    *scales: Tensor,
+) -> list[Tensor]:
+    """The outputs when the inputs of the last call are mapped; the calls before it only move elements."""
+    known = [value.index for value in graph.values if value.maker is None]
+    if set(call.inputs) <= set(known):
+        mapped = [apply(maps.get(i), x, *scales) for i, x in zip(call.inputs, inputs, strict=True)]
+        return listed(operation(*mapped))
+    (index,) = call.inputs
+    before = graph.values[index]
+    middle = inputs[0].transpose(1, 2).contiguous()
+    assert tuple(middle.shape) == before.shape
+    return listed(apply(maps.get(index), middle, *scales).reshape(graph.values[call.outputs[0]].shape))
+
+
+def ask(asked: list[tuple[int, Channels]]) -> dict[int, Channels]:
+    maps: dict[int, Channels] = {}
+    for index, channels in asked:
+        maps[index] = maps[index].merged_with(channels) if index in maps else channels
+    return maps
+
+
+def listed(outputs: Any) -> list[Tensor]:
+    return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+
+
+def test_every_rule_of_the_table_is_tried(net: Any) -> None:
+    tried = set()
+    for shapes, operation in CASES.values():
+        tried.add(recorded(net, operation, [torch.randn(shape, dtype=torch.float64) for shape in shapes])[1].name)
+    # A fresh tensor is no output of a layer, and `_reshape_alias` comes from compiled code alone.
+    assert set(RULES) - tried == {"aten.lift_fresh.default", "aten._reshape_alias.default"}
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [lambda x: x.to(torch.int64), lambda x: x.roll(1), lambda x: x.repeat(2, 1), lambda x: x + 1, lambda x: x.sum(1),
+     lambda x: F.pad(x, (1, 0)), lambda x: x.amax(1), lambda x: x * 2, lambda x: -x, lambda x: x @ x.t()],
+)  # fmt: skip
+def test_operations_outside_the_table_or_its_limits_do_not_pass(net: Any, operation: Operation) -> None:
+    graph, call = recorded(net, operation, [torch.randn(2, 3, dtype=torch.float64)])
+    rank = len(graph.values[call.outputs[0]].shape)
+    if call.name in RULES:
+        with pytest.raises(NotTransparent):
+            RULES[call.name].up(graph, call, 0, Channels.along(rank - 1, 3, rank))
+
+
+def test_cast_to_whole_numbers_is_refused_both_ways(net: Any) -> None:
+    graph, call = recorded(net, lambda x: x.to(torch.int64), [torch.randn(2, 3)])
+    with pytest.raises(NotTransparent, match="cannot be scaled"):
+        RULES[call.name].down(graph, call, {call.inputs[0]: Channels.along(1, 3, 2)})
+    with pytest.raises(NotTransparent, match="cannot be scaled"):
+        RULES[call.name].up(graph, call, 0, Channels.along(1, 3, 2))
+
+
+def test_two_maps_agree_or_are_refused() -> None:
+    whole = Channels(torch.tensor([[0, 1, 2]]))
+    part = Channels(torch.tensor([[0, UNTOUCHED, 2]]))
+    assert whole.merged_with(part).same_as(whole)
+    assert part.merged_with(whole).same_as(whole)
+    for other in (Channels(torch.tensor([[0, 2, 1]])), Channels(whole.labels, shift=0.0)):
+        with pytest.raises(NotTransparent, match="two different maps"):
+            whole.merged_with(other)
+
+
+def test_channels_along_an_axis_are_a_tuple_only_if_nothing_else_matters() -> None:
+    assert Channels.along(1, 3, 3).along_axis(1, 3) == (0, 1, 2)
+    assert Channels.along(1, 3, 3).along_axis(-1, 3) is None
+    assert Channels(torch.tensor([[4]])).along_axis(1, 3) == (4, 4, 4)
+
+
+def test_view_with_too_many_labels_is_refused(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_bnfold.folding.transparent._MOST_LABELS", 10)
+    graph, call = recorded(net, lambda x: x.view(4, 6), [torch.randn(6, 4)])
+    with pytest.raises(NotTransparent, match="too many other elements"):
+        RULES[call.name].up(graph, call, 0, Channels.along(1, 6, 2))
