@@ -225,7 +225,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (Fold("net.7", (Part("net.0"),)), "folds the BatchNorm `net.7`; the model has nothing of that name"),
         (Fold("net.2", (Part("net.0"),)), "folds the BatchNorm `net.2`; the model has ReLU of that name"),
         (Fold("net.1", (Part("net.2"),)), "folds into the layer `net.2`; the model has ReLU of that name"),
-        (Fold("net.1", (Part("net.3"),)), "wants 5 outputs of `net.3`, which has 3"),
+        (Fold("net.1", (Part("net.3"),)), "wants 5 out_features of `net.3`, which has 3"),
     ],
 )
 def test_a_manifest_that_does_not_fit_names_the_first_difference(fold: Fold, message: str, folded_file: Path) -> None:

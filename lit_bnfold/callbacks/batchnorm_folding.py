@@ -199,7 +199,7 @@ class BatchNormFolding(Callback):
             if self.report["mismatch"] is None:
                 self._write(trainer, pl_module, plan, directory)
         self.plan = plan
-        self._conclude(trainer, pl_module)
+        self._conclude(trainer, pl_module, directory)
 
     def _run_example(self, trainer: Trainer, pl_module: LightningModule, witness: Witness) -> None:
         """Without a validation loader: one call of ``forward``, and the agreement of its outputs alone."""
@@ -241,7 +241,7 @@ class BatchNormFolding(Callback):
                     write_report(self.report, part)
         self.folded_module = _copy(pl_module)
 
-    def _conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _conclude(self, trainer: Trainer, pl_module: LightningModule, directory: Path) -> None:
         assert self.report is not None
         assert self.plan is not None
         if self.report["mismatch"] is not None:
@@ -252,13 +252,15 @@ class BatchNormFolding(Callback):
         elif self.replace:
             self.plan.apply(pl_module, inplace=True)
             self.folded_module = pl_module
-        if self.report["moved"]:
+        if self.report["moved"] and self.report["mismatch"] is None:
             moved = ", ".join(self.report["moved"])
             rank_zero_warn(
                 f"Folding moved {moved} by more than rounding explains; look at the report before you use it."
             )
         if trainer.is_global_zero:
             print_report(self.report)
+        if self.report["mismatch"] is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(f"Wrote folded.ckpt and folding.json to {directory.absolute()}")
 
     def _log(self, trainer: Trainer) -> None:
         assert self.report is not None
@@ -289,8 +291,8 @@ class BatchNormFolding(Callback):
 
     @property
     def state_key(self) -> str:
-        """What tells the states of two of these callbacks in one Trainer apart."""
-        return f"BatchNormFolding(weights={self.weights!r}, dirpath={self.dirpath!r})"
+        """What tells the states of two of these callbacks apart, one for the last and one for the best weights."""
+        return "BatchNormFolding" if self.weights == "last" else f"BatchNormFolding(weights={self.weights!r})"
 
     def state_dict(self) -> dict[str, Any]:
         """The report, so that checkpoints of a folded run hold it."""

@@ -371,7 +371,7 @@ SITUATIONS: dict[str, Callable[[Path], Situation]] = {
     ),
     "dict_batches": lambda _: Situation(DictBatches, train=dict_loader, val=dict_loader),
     "silent": lambda _: Situation(Silent, keys=("loss",), comparable=False),
-    "convolutional": lambda _: Situation(Convolutional, folds=("head.1",), kept={"net.2": "no-layer"}),
+    "convolutional": lambda _: Situation(Convolutional, folds=("net.2", "head.1")),
     "everything_kept": lambda _: Situation(NormFirst, folds=(), kept={"net.0": "no-layer"}),
     "compiled": lambda _: Situation(Compiled, kept={"head._orig_mod.1": "opaque"}),
     "hooked": lambda _: Situation(Hooked, folds=("head.1",), kept={"net.1": "other-reader"}),
@@ -681,6 +681,32 @@ def test_a_mismatch_warns_on_request_and_keeps_the_unfolded_module(
     assert folding.trace == []
     assert files_in(tmp_path) == set()
     assert folding.folded_module is None
+
+
+class Straying(Tiny):
+    """Reads a layer without its BatchNorm, on the second batch only."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.log("val/raw", self.net[0](batch[0]).square().mean(), batch_size=8)
+        else:
+            self.log("val/loss", self.loss(batch), batch_size=8)
+
+
+def test_a_later_batch_that_takes_another_path_is_a_mismatch(tmp_path: Path, randomised: Randomised) -> None:
+    with pytest.raises(
+        FoldingError, match=r"batch 1 of .* calls `net\.0` 1 times and `net\.1` 0 times, unlike the first"
+    ):
+        fit(tmp_path, randomised(Straying()), BatchNormFolding())
+    assert files_in(tmp_path) == set()
+
+
+def test_two_callbacks_for_the_last_and_the_best_weights_keep_apart(tmp_path: Path, randomised: Randomised) -> None:
+    last, best = BatchNormFolding(), BatchNormFolding(weights="best", dirpath=str(tmp_path / "best"))
+    assert last.state_key != best.state_key
+    with pytest.warns(UserWarning, match="found no best checkpoint"):
+        fit(tmp_path, randomised(Tiny()), last, callbacks=[best])
+    assert {"folded.ckpt", "folding.json"} <= files_in(tmp_path)
 
 
 @pytest.mark.usefixtures("wrong_algebra")

@@ -30,7 +30,7 @@ def report(
 
 def test_it_has_the_keys_that_others_rely_on() -> None:
     made = report()
-    keys = {"folds", "kept", "validation", "output_error", "weights", "tolerance", "versions", "mismatch"}
+    keys = {"folds", "kept", "validation", "output_error", "weights", "tolerance", "versions", "mismatch", "moved"}
     assert made.keys() == keys
     assert made["folds"][1] == {
         "batchnorm": "net.norm2",

@@ -158,6 +158,18 @@ def test_model_is_as_it_was_after_recording(net: Any) -> None:
     assert_nothing_watches()
 
 
+def test_statistics_that_a_function_moves_are_put_back(net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.nn.functional.batch_norm(m.fc(x), m.bn.running_mean, m.bn.running_var, training=True)
+        m.bn.train()
+        return m.bn.forward(h)
+
+    model = net(forward)
+    before = snapshot(model)
+    plan_folding(model, (X,))
+    assert_unchanged(model, before)
+
+
 def test_recorder_alone_puts_everything_back_too(net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         m.counter += 1

@@ -1,0 +1,30 @@
+"""What the README says of the package is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_code_of_a_batchnorm_that_stays_is_in_the_table_and_no_other() -> None:
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "lit_bnfold" / "folding").glob("*.py"))
+    raised = re.findall(r'_StaysError\(\s*"([a-z-]+)"', sources)
+    returned = re.findall(r'return "([a-z-]+)", ', sources)
+    added = re.findall(r'_add_obstacle\(\s*facts,\s*"([a-z-]+)"', sources)
+    kept = re.findall(r'Kept\(fold\.batchnorm, reason, "([a-z-]+)"\)', sources)
+    rows = "\n".join(line.split("|")[1] for line in README.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`([a-z-]+)`", rows)) == {*raised, *returned, *added, *kept}
+
+
+def test_it_is_short_and_sets_up_in_two_commands() -> None:
+    assert len(README.splitlines()) <= 120
+    commands = [line for line in README.splitlines() if line.startswith("pip install")]
+    assert commands == ["pip install . && lit-bnfold fit", "pip install -e '.[dev]' && pytest"]
+
+
+def test_every_config_it_names_is_there() -> None:
+    for name in re.findall(r"configs/\w+\.yaml", README):
+        assert (ROOT / name).is_file()
