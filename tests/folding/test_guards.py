@@ -961,3 +961,61 @@ def test_batchnorm_of_a_tensor_subclass_is_kept() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
     model[1].weight = nn.Parameter(torch.ones(4).as_subclass(Doubled))
     assert [kept.code for kept in plan_folding(model, (X.float(),)).kept] == ["unusual-weight"]
+
+
+def test_weight_borrowed_by_another_layer_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    class Borrower(nn.Linear):
+        def __init__(self, lender: nn.Linear) -> None:
+            super().__init__(3, 4)
+            vars(self)["lender"] = lender
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.lender.weight, self.lender.bias)
+
+    fc = nn.Linear(3, 4)
+    model = net(lambda m, x: m.bn(m.fc(x)) + m.borrower(x), fc=fc, borrower=Borrower(fc), bn=nn.BatchNorm1d(4))
+    judge(model, X, kept={"bn": "parameter-read"})
+
+
+def test_copy_of_an_output_that_is_normalised_in_another_part_is_kept(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        copied = h.clone()
+        return m.bn(h[:, :2]) + m.bn(copied[:, 2:]) + copied[:, :2]
+
+    judge(net(forward, fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(2)), X, kept={"bn": "other-reader"})
+
+
+def test_one_of_several_views_written_in_place_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        a, b = m.fc(x).chunk(2)
+        return m.bn(a).relu_() + m.bn(b)
+
+    # Autograd forbids to write into one of the views that `chunk` gives: the folded model could not be trained.
+    judge(net(forward), X[:4], kept={"bn": "written"}, others=[(2 * X[:2],)])
+
+
+def test_view_of_a_batch_without_examples_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).view(2 * x.shape[0], 2)), fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(2))
+    judge(model, X[:0], kept={"bn": "not-transparent"})
+
+
+def test_batch_of_one_through_two_views_does_not_hide_that_they_mix_examples_and_channels(
+    judge: Judge, net: Any
+) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).view(-1).view(4, -1).t()))
+    judge(model, X[:1], kept={"bn": "not-transparent"}, others=[(X,)])
+
+
+def test_parameters_look_the_same_while_the_model_is_planned(net: Any) -> None:
+    seen: list[Any] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        seen.append([(p.requires_grad, p.is_leaf, type(p), getattr(p, "tag", None)) for p in m.fc.parameters()])
+        return m.bn(m.fc(x))
+
+    model = net(forward)
+    model.fc.weight.tag = "mine"
+    model.fc.bias.requires_grad_(False)
+    plan_folding(model, (X.float(),))
+    assert seen == 2 * [[(True, True, nn.Parameter, "mine"), (False, True, nn.Parameter, None)]]
