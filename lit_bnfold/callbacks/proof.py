@@ -306,7 +306,9 @@ def _normalise(output: Tensor, batchnorm: Any, part: Part, channel_axis: int) ->
 
     def normalise(rows: Tensor) -> Tensor:
         flat = rows.reshape(-1, rows.shape[-1])  # (..., C) -> (N, C)
-        return F.batch_norm(flat, mean, var, weight, bias, training=False, eps=batchnorm.eps).view(rows.shape)
+        return F.batch_norm(flat, mean, var, weight, bias, training=False, eps=getattr(batchnorm, "eps", 0.0)).view(
+            rows.shape
+        )
 
     normalised = normalise(rows)
     if part.shift != 1.0:

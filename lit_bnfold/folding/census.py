@@ -48,6 +48,8 @@ class LayerKind:
 
 _TORCHS_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
 
+_STATISTICS = {"weight", "bias", "running_mean", "running_var"}
+
 LAYER_KINDS = (
     LayerKind(nn.Linear, F.linear, -1, "in_features", "out_features"),
     LayerKind(nn.Conv1d, F.conv1d, -2),
@@ -67,11 +69,31 @@ def layer_kind(module: nn.Module | None) -> LayerKind | None:
     return next((kind for kind in LAYER_KINDS if isinstance(module, kind.module)), None)
 
 
+class Rest:
+    """What is left of a BatchNorm whose forward does more than normalise: its class is a subclass of both."""
+
+
 def is_batchnorm(module: nn.Module) -> bool:
     """Whether a module counts as a BatchNorm, foldable or not."""
     if isinstance(module, torch.jit.ScriptModule):
         return "BatchNorm" in module.original_name
-    return isinstance(module, _BatchNorm)
+    return (isinstance(module, _BatchNorm) and not isinstance(module, Rest)) or is_frozen_batchnorm(module)
+
+
+def is_frozen_batchnorm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm for inference alone, as detection models have them."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    tensors = own_tensors(module)
+    is_named = "BatchNorm" in type(module).__name__ and not isinstance(module, _BatchNorm) and not module._modules
+    lengths = {tensor.shape for tensor in tensors.values()}
+    return is_named and tensors.keys() == _STATISTICS and len(lengths) == 1 and len(lengths.pop()) == 1
+
+
+def num_features(module: nn.Module) -> int:
+    """Number of channels of a BatchNorm, 0 if it does not tell."""
+    mean = own_tensors(module).get("running_mean")
+    return int(getattr(module, "num_features", 0 if mean is None else len(mean)))
 
 
 class Census:
@@ -125,7 +147,8 @@ class Census:
     def batchnorm(self, module: nn.Module) -> BatchNorm:
         """The facts about a BatchNorm."""
         return BatchNorm(
-            num_features=int(getattr(module, "num_features", 0)),
+            num_features=num_features(module),
+            only_normalises=only_normalises(module),
             parameters=tuple(self.tensors[tensor] for tensor in self.owned[module].values()),
             obstacle=self._common_obstacle(module) or _batchnorm_obstacle(module),
         )
@@ -162,11 +185,13 @@ def _batchnorm_obstacle(module: nn.Module) -> Obstacle | None:
         return "no-statistics", "it keeps no running statistics and normalises by those of each batch"
     if getattr(module, "affine", False) and ("weight" not in tensors or "bias" not in tensors):
         return "computed-weight", "its weight is computed anew at every call"
-    if not _keeps_torchs_forward(module):
-        return "own-forward", f"its class {type(module).__name__} has a forward of its own"
+    if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
+        return "own-forward", "it is called in a way of its own, which would not notice that its class has changed"
+    if any(is_batchnorm(part) for part in module.modules() if part is not module):
+        return "own-forward", f"its class {type(module).__name__} holds other BatchNorms"
     if any(tensor.is_meta for tensor in tensors.values()):
         return "unusual-weight", "its statistics are on the meta device and hold no numbers"
-    if tensors["running_mean"].shape != (getattr(module, "num_features", None),):
+    if tensors["running_mean"].shape != (num_features(module),):
         return "unusual-weight", "it has not as many channels as its attributes say"
     if not all(is_plain(tensor) for tensor in tensors.values()):
         return "unusual-weight", "its statistics or its weight are of a tensor subclass, which may mean other numbers"
@@ -177,9 +202,12 @@ def _batchnorm_obstacle(module: nn.Module) -> Obstacle | None:
     return None
 
 
-def _keeps_torchs_forward(module: nn.Module) -> bool:
+def only_normalises(module: nn.Module) -> bool:
+    """Whether a BatchNorm's forward does nothing besides: it is torch's own, or was compared with that."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     is_torchs = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return is_torchs and "forward" not in vars(module) and type(module).__call__ is nn.Module.__call__
+    return (is_torchs and "forward" not in vars(module)) or is_frozen_batchnorm(module)
 
 
 def _seal(module: nn.Module) -> Obstacle | None:

@@ -147,11 +147,13 @@ class BatchNorm:
 
     Attributes:
         num_features: Number of channels.
+        only_normalises: Whether its forward does nothing besides.
         parameters: Names of its parameters and buffers.
         obstacle: Why it has to stay whatever the run did; None if nothing is in the way.
     """
 
     num_features: int
+    only_normalises: bool
     parameters: tuple[str, ...]
     obstacle: Obstacle | None
 

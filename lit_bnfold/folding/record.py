@@ -26,7 +26,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_bnfold.folding.census import Census, LayerKind, is_batchnorm, is_plain, layer_kind, own_tensors
+from lit_bnfold.folding.census import (
+    Census,
+    LayerKind,
+    is_batchnorm,
+    is_frozen_batchnorm,
+    is_plain,
+    layer_kind,
+    own_tensors,
+)
 from lit_bnfold.folding.graph import BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph
 
 # Through these, Python gets hold of numbers or of memory without an operation that a dispatch mode could see.
@@ -81,12 +89,9 @@ class Recorder:
         self.graph = ValueGraph()
         self._census = Census(model)
         self._ledger = _Ledger(self.graph)
-        self._batchnorms = {
-            tensor: module
-            for module in self._census.names
-            if is_batchnorm(module)
-            for tensor in own_tensors(module).values()
-        }
+        self._batchnorms = {module for module in self._census.names if is_batchnorm(module)}
+        self._frozen = {module for module in self._batchnorms if is_frozen_batchnorm(module)}
+        self._statistics = {tensor for module in self._batchnorms for tensor in own_tensors(module).values()}
         self._by_address: dict[int | None, list[Tensor]] = defaultdict(list)
         for tensor in self._census.tensors:
             self._by_address[_address(tensor)].append(tensor)
@@ -102,7 +107,7 @@ class Recorder:
         for tensor, name in self._census.tensors.items():
             self._ledger.register(tensor, name)
         for module, name in self._census.names.items():
-            if is_batchnorm(module):
+            if module in self._batchnorms:
                 self.graph.batchnorms[name] = self._census.batchnorm(module)
 
     def __enter__(self) -> Recorder:
@@ -187,10 +192,14 @@ class Recorder:
             self.graph.forked.add(self._census.names[module])
         if module in self._census.hooked:
             self._show_to_hooks(module, args, kwargs)
+        self.looking_away = module in self._frozen
 
     def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if threading.get_ident() != self._thread or module not in self._census.names:
             return
+        if module in self._frozen:
+            self.looking_away = False
+            self._add_frozen_batchnorm(module, args, output)
         self._stack.pop()
         if len(self._stack) == 1:
             with self._look_away():
@@ -224,7 +233,7 @@ class Recorder:
             self._glances.add("function")
             return function(*args, **kwargs)
         if module is not None:
-            if function is F.batch_norm and is_batchnorm(module):
+            if function is F.batch_norm and module in self._batchnorms:
                 return self._run_batchnorm(module, args, kwargs)
             kind = layer_kind(module)
             if kind is not None and function is kind.function:
@@ -251,6 +260,17 @@ class Recorder:
         self.graph.batchnorms[self._census.names[module]] = facts
         name = self._census.names[module]
         return self._run_whole("batchnorm", "batch_norm", F.batch_norm, args, kwargs, owner=name)
+
+    def _add_frozen_batchnorm(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Enter what a frozen BatchNorm did as one call, if it is what a BatchNorm does."""
+        name, own = self._census.names[module], self._census.owned[module]
+        statistics = [own[key] for key in ("running_mean", "running_var", "weight", "bias")]
+        with self._look_away():
+            is_usual = isinstance(output, Tensor) and len(args) == 1 and _is_close(module, statistics, args[0], output)
+        if not is_usual:
+            facts = self.graph.batchnorms[name]
+            self.graph.batchnorms[name] = _add_obstacle(facts, "own-forward", "it does something else than a BatchNorm")
+        self._add_call("batchnorm", "batch_norm", (*args, *statistics), output=output, owner=name)
 
     def _run_layer(self, module: nn.Module, kind: LayerKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         name = self._census.names[module]
@@ -292,7 +312,7 @@ class Recorder:
         if function in _ESCAPES or _is_foreign(function):
             self._add_call("opaque", getattr(function, "__name__", "Python code"), (tensor,))
             self._note_fork((tensor,))
-        elif self._batchnorms.get(tensor, self._stack[-1][1]) is not self._stack[-1][1]:
+        elif tensor in self._statistics:
             # A glance at the dtype is a reading too: the tensor will be gone from the folded model.
             self._add_call("opaque", "Python code", (tensor,))
 
@@ -535,6 +555,16 @@ def _with_refs(tree: Any, refs: dict[int, Ref]) -> Any:
     if isinstance(tree, dict):
         return {key: _with_refs(branch, refs) for key, branch in tree.items()}
     return tree
+
+
+def _is_close(module: nn.Module, statistics: list[Tensor], input: Tensor, output: Tensor) -> bool:
+    mean, var, weight, bias = statistics
+    if input.dim() < 2 or input.shape[1] != len(mean) or input.dtype != output.dtype:
+        return False
+    expected = F.batch_norm(input, mean, var, weight, bias, training=False, eps=getattr(module, "eps", 0.0))
+    tolerance = 1e-9 if output.dtype == torch.float64 else 1e-3 if output.dtype == torch.float32 else 5e-2
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return torch.allclose(output, expected, rtol=0.0, atol=tolerance * scale)
 
 
 @cache

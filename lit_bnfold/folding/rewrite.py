@@ -9,10 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lit_bnfold.folding.algebra import (
     add_identity,
@@ -21,7 +24,7 @@ from lit_bnfold.folding.algebra import (
     fold_into_rows,
     scale_and_shift,
 )
-from lit_bnfold.folding.census import Census, is_batchnorm, layer_kind
+from lit_bnfold.folding.census import Census, Rest, is_batchnorm, layer_kind, num_features, only_normalises
 from lit_bnfold.folding.graph import FoldingError
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
 from lit_bnfold.folding.record import tensors_in
@@ -167,13 +170,13 @@ def _check_fit(plan: FoldingPlan, model: nn.Module) -> None:
                 found = "nothing" if layer is None else type(layer).__name__
                 raise FoldingError(f"The plan folds into the layer `{part.layer}`; the model has {found} of that name.")
             side = kind.in_channels if fold.direction == "forward" else kind.out_channels
-            found, num_features = getattr(layer, side), int(batchnorm.num_features)
-            wanted = num_features if part.channels is None else len(part.channels)
+            found, features = getattr(layer, side), num_features(batchnorm)
+            wanted = features if part.channels is None else len(part.channels)
             if wanted != found:
                 raise FoldingError(f"The plan wants {wanted} {side} of `{part.layer}`, which has {found}.")
-            channels = range(num_features) if part.channels is None else part.channels
-            if not set(channels) <= {UNTOUCHED, *range(num_features)}:
-                raise FoldingError(f"The plan names channels that `{fold.batchnorm}` with {num_features} has not.")
+            channels = range(features) if part.channels is None else part.channels
+            if not set(channels) <= {UNTOUCHED, *range(features)}:
+                raise FoldingError(f"The plan names channels that `{fold.batchnorm}` with {features} has not.")
 
 
 def _fold(fold: Fold, modules: dict[str, Any]) -> list[_Undo]:
@@ -181,7 +184,11 @@ def _fold(fold: Fold, modules: dict[str, Any]) -> list[_Undo]:
     batchnorm = modules[fold.batchnorm]
     with torch.no_grad():
         scale, shift = scale_and_shift(
-            batchnorm.running_mean, batchnorm.running_var, batchnorm.weight, batchnorm.bias, batchnorm.eps
+            batchnorm.running_mean,
+            batchnorm.running_var,
+            batchnorm.weight,
+            batchnorm.bias,
+            getattr(batchnorm, "eps", 0.0),
         )
         undos: list[_Undo] = []
         try:
@@ -246,6 +253,35 @@ def _add_bias(layer: Any, bias: Tensor) -> _Undo:
     return undo
 
 
+class _WithoutNormalisation(TorchFunctionMode):
+    """Makes ``batch_norm`` give back its input."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.batch_norm:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def _rest_of(kind: Any) -> Any:
+    """A class that runs the forward of a BatchNorm's class, with its normalisation left out."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _WithoutNormalisation():
+            return kind.forward(self, *args, **kwargs)
+
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        return _new_rest, (kind,), vars(self)
+
+    body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
+    return type(kind.__name__, (Rest, kind), body)
+
+
+def _new_rest(kind: Any) -> Any:
+    rest = _rest_of(kind)
+    return rest.__new__(rest)
+
+
 class Zero(nn.Module):
     """What is left of a BatchNorm that was folded into a layer beside it: it adds nothing."""
 
@@ -255,10 +291,16 @@ class Zero(nn.Module):
 
 
 def _erase(batchnorm: nn.Module, direction: str) -> _Undo:
-    """Turn a BatchNorm into nothing where it stands, so that no second reference to it still normalises."""
-    kind, parameters, buffers = type(batchnorm), batchnorm._parameters, batchnorm._buffers
-    batchnorm.__class__ = Zero if direction == "parallel" else nn.Identity
-    batchnorm._parameters, batchnorm._buffers = {}, {}
+    """Take a BatchNorm's normalisation away where it stands, so that no second reference to it still normalises."""
+    kind: Any = type(batchnorm)
+    parameters, buffers = batchnorm._parameters, batchnorm._buffers
+    if only_normalises(batchnorm):
+        batchnorm.__class__ = Zero if direction == "parallel" else nn.Identity
+        batchnorm._parameters, batchnorm._buffers = {}, {}
+    else:
+        # A forward of its own still asks for its tensors, be it to hand them to `batch_norm`.
+        batchnorm.__class__ = _rest_of(kind)
+        batchnorm._parameters, batchnorm._buffers = dict.fromkeys(parameters), dict.fromkeys(buffers)
 
     def undo() -> None:
         batchnorm.__class__ = kind

@@ -375,8 +375,8 @@ class _Parallel(_Search):
     direction = "parallel"
 
     def _walk(self) -> None:
-        if len(self.calls) > 1:
-            raise _StaysError("other-call", "it is called several times")
+        if len(self.calls) > 1 or not self.graph.batchnorms[self.name].only_normalises:
+            raise _StaysError("other-call", "it is called several times, or does more than normalise")
         output = self.graph.values[self.calls[0].outputs[0]]
         self._check_hidden(output)
         for call in self.graph.users(output):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -197,8 +198,63 @@ class PlainBatchNorm(nn.BatchNorm1d):
     """A subclass that changes nothing."""
 
 
-def test_subclass_with_a_forward_or_a_call_of_its_own_is_kept(judge: Judge) -> None:
-    judge(nn.Sequential(nn.Linear(3, 4), ReLUBatchNorm(4)), X, kept={"1": "own-forward"})
+def test_subclass_that_does_more_keeps_the_rest_and_no_statistics(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), ReLUBatchNorm(4))
+    judge(model, X, folds={"1": ["0"]})
+    assert isinstance(model[1], ReLUBatchNorm)
+    assert set(model.state_dict()) == {"0.weight", "0.bias"}
+    assert (model(X) >= 0).all()
+    assert plan_folding(model, (X,)) == FoldingPlan()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(X), model(X))
+
+
+def test_subclass_that_reads_its_own_statistics_besides_is_kept(judge: Judge) -> None:
+    class Peeping(nn.BatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * self.running_var.mean()
+
+    class Glancing(nn.BatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).to(self.weight.dtype)
+
+    for kind in (Peeping, Glancing):
+        judge(nn.Sequential(nn.Linear(3, 4), kind(4)), X, kept={"1": "parameter-read"})
+
+
+def test_subclass_that_holds_another_batchnorm_is_kept(judge: Judge) -> None:
+    class Nested(nn.BatchNorm1d):
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.inner = nn.BatchNorm1d(4)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.inner(super().forward(input))
+
+    judge(nn.Sequential(nn.Linear(3, 4), Nested()), X, kept={"1": "own-forward", "1.inner": "behind-batchnorm"})
+
+
+class FrozenBatchNorm1d(nn.Module):
+    """As detection models have it: the statistics are buffers, and the arithmetic is written out."""
+
+    def __init__(self, rectifies: bool = False) -> None:
+        super().__init__()
+        self.eps, self.rectifies = 1e-3, rectifies
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(4, dtype=torch.float64) + 0.5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        output = input * scale + (self.bias - self.running_mean * scale)
+        return output.relu() if self.rectifies else output
+
+
+def test_frozen_batchnorm_is_folded_if_it_does_what_a_batchnorm_does(judge: Judge) -> None:
+    judge(nn.Sequential(nn.Linear(3, 4), FrozenBatchNorm1d(), nn.ReLU()), X, folds={"1": ["0"]})
+    judge(nn.Sequential(nn.Linear(3, 4), FrozenBatchNorm1d(rectifies=True)), X, kept={"1": "own-forward"})
+
+
+def test_class_with_a_call_of_its_own_is_kept(judge: Judge) -> None:
     judge(nn.Sequential(nn.Linear(3, 4), CalledBatchNorm(4)), X, kept={"1": "own-forward"})
 
 
@@ -1019,3 +1075,9 @@ def test_parameters_look_the_same_while_the_model_is_planned(net: Any) -> None:
     model.fc.bias.requires_grad_(False)
     plan_folding(model, (X.float(),))
     assert seen == 2 * [[(True, True, nn.Parameter, "mine"), (False, True, nn.Parameter, None)]]
+
+
+def test_expanded_output_written_in_place_after_normalisation_is_kept(judge: Judge, net: Any) -> None:
+    # Each number of the output lies in memory once; each of the input's stands for three.
+    model = net(lambda m, x: m.bn(m.fc(x).unsqueeze(2).expand(-1, -1, 3)).add_(1))
+    judge(model, X, kept={"bn": "written"})

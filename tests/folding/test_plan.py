@@ -287,6 +287,12 @@ def test_part_of_a_layer_is_folded_and_the_rest_stays_as_it_is(judge: Judge, net
     assert plan.folds[0].parts[0].channels == (0, 1, -1, -1)
 
 
+def test_part_of_a_concatenation_that_no_layer_made_does_not_matter_if_it_is_not_normalised(
+    judge: Judge, net: Any
+) -> None:
+    judge(net(lambda m, x: m.bn(torch.cat([m.fc(x), x], 1)[:, :4])), X, folds={"bn": ["fc"]})
+
+
 def test_chunks_normalised_by_one_batchnorm_are_folded(judge: Judge, net: Any) -> None:
     model = net(
         lambda m, x: torch.stack([m.bn(part) for part in m.fc(x).chunk(2, 1)]), fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(2)

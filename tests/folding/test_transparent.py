@@ -243,6 +243,20 @@ def test_two_maps_agree_or_are_refused() -> None:
             whole.merged_with(other)
 
 
+def test_sums_and_concatenations_of_different_maps_are_refused(net: Any) -> None:
+    whole, part = Channels(torch.tensor([[0, 1, 2]])), Channels(torch.tensor([[0, 1, UNTOUCHED]]))
+    inputs = [torch.randn(2, 3), torch.randn(2, 3)]
+    graph, call = recorded(net, torch.add, inputs)
+    a, b = call.inputs
+    for maps in ({a: whole, b: part}, {a: whole}, {b: whole}):
+        with pytest.raises(NotTransparent, match="not scaled in the same way"):
+            RULES[call.name].down(graph, call, maps)
+    graph, call = recorded(net, lambda a, b: torch.cat([a, b], 1), inputs)
+    a, b = call.inputs
+    with pytest.raises(NotTransparent, match="two different maps"):
+        RULES[call.name].down(graph, call, {a: whole, b: Channels(whole.labels, shift=0.0)})
+
+
 def test_channels_along_an_axis_are_a_tuple_only_if_nothing_else_matters() -> None:
     assert Channels.along(1, 3, 3).along_axis(1, 3) == (0, 1, 2)
     assert Channels.along(1, 3, 3).along_axis(-1, 3) is None
