@@ -24,12 +24,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_bnfold.folding.graph import FoldingError, ValueGraph
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
 from lit_bnfold.folding.record import Recorder, tensors_in
-from lit_bnfold.folding.rewrite import copy_model, disguise
+from lit_bnfold.folding.rewrite import copy_model, disguise, stand_in
 from lit_bnfold.folding.search import make_plan
 
 __all__ = ["Fold", "FoldingError", "FoldingPlan", "Kept", "Part", "fold_batchnorm", "plan_folding"]
@@ -135,19 +135,8 @@ def _runs_alike(
 
 def _twin(model: _Model) -> _Model:
     """A copy of the model around the memory of its parameters and buffers; running it leaves no trace in the model."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy_model(model, {id(tensor): _stand_in(tensor) for tensor in tensors})
-
-
-def _stand_in(tensor: Tensor) -> Tensor:
-    """Another tensor on the same memory: code that holds on to the model's own, as a closure does, then stands out."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
-        return tensor
-    other = tensor.detach()
-    if isinstance(tensor, nn.Parameter):
-        other = nn.Parameter(other, tensor.requires_grad)
-    vars(other).update(vars(tensor))
-    return other
+    # Stand-ins, so that code which holds on to the model's own tensors, as a closure does, can be told apart.
+    return copy_model(model, {id(tensor): stand_in(tensor) for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _nothing_compiled() -> AbstractContextManager[Any]:

@@ -12,6 +12,7 @@ single group.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -73,7 +74,7 @@ def fold_into_outputs(
     """
     spread = _over_second_axis(scale, weight, groups) if transposed else _over_first_axis(scale, weight)
     folded_bias = shift if bias is None else scale * bias.double() + shift
-    return round_like(weight.double() * spread, weight), round_like(folded_bias, weight if bias is None else bias)
+    return _times(weight, spread), round_like(folded_bias, weight if bias is None else bias)
 
 
 def fold_into_rows(weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -115,11 +116,10 @@ def fold_into_inputs(
         >>> fold_into_inputs(torch.ones(1, 2), None, torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]))
         (tensor([[2., 3.]]), tensor([1.]))
     """
-    exact = weight.double()
-    sums = (exact * _over_second_axis(shift, weight, groups)).flatten(1).sum(1)
+    sums = (weight * _over_second_axis(shift.double(), weight, groups)).flatten(1).sum(1)
     folded_bias = sums if bias is None else bias.double() + sums
-    folded_weight = exact * _over_second_axis(scale, weight, groups)
-    return round_like(folded_weight, weight), round_like(folded_bias, weight if bias is None else bias)
+    spread = _over_second_axis(scale, weight, groups)
+    return _times(weight, spread), round_like(folded_bias, weight if bias is None else bias)
 
 
 def add_identity(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,5 +174,14 @@ def round_like(exact: Tensor, like: Tensor) -> Tensor:
         A new tensor of the shape of ``exact``.
     """
     rounded = torch.empty_like(like) if exact.shape == like.shape else like.new_empty(exact.shape)
-    rounded.copy_(exact.masked_fill(exact.abs() < torch.finfo(like.dtype).tiny, 0.0))
-    return rounded
+    return _flushed(rounded.copy_(exact))
+
+
+def _times(weight: Tensor, factors: Tensor) -> Tensor:
+    """A weight times float64 factors: one pass, in which each number is widened, multiplied and rounded."""
+    return _flushed(torch.mul(weight.detach(), factors.double(), out=torch.empty_like(weight, requires_grad=False)))
+
+
+def _flushed(rounded: Tensor) -> Tensor:
+    largest = torch.finfo(rounded.dtype).tiny * (1.0 - torch.finfo(rounded.dtype).eps)
+    return F.hardshrink(rounded, largest)

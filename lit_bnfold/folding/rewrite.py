@@ -54,11 +54,30 @@ def apply_plan(plan: FoldingPlan, model: nn.Module, *, inplace: bool = False) ->
     # Inside `torch.inference_mode()` the new parameters would be such as can never be trained again.
     with torch.inference_mode(False):
         if not inplace:
-            model = copy_model(model)
+            model = copy_model(model, _numbers_to_be_replaced(plan, model))
         modules = dict(model.named_modules())
         for fold in plan.folds:
             _fold(fold, modules)
     return model
+
+
+def _numbers_to_be_replaced(plan: FoldingPlan, model: nn.Module) -> dict[int, Any]:
+    """Parameters that a copy may share the numbers of, because a fold gives it new ones."""
+    modules = dict(model.named_modules())
+    layers = {part.layer: modules[part.layer] for fold in plan.folds for part in fold.parts}
+    replaced = [layer._parameters.get(key) for layer in layers.values() for key in ("weight", "bias")]
+    return {id(tensor): stand_in(tensor) for tensor in replaced if tensor is not None}
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """Another tensor on the same memory, if the tensor is an ordinary one; else the tensor itself."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return tensor
+    other = tensor.detach()
+    if isinstance(tensor, nn.Parameter):
+        other = nn.Parameter(other, tensor.requires_grad)
+    vars(other).update(vars(tensor))
+    return other
 
 
 @contextmanager
