@@ -20,8 +20,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import nn
 
 from lit_bnfold.folding import FoldingError, FoldingPlan
-from lit_bnfold.folding.census import is_batchnorm
-from lit_bnfold.folding.rewrite import fold_structure
+from lit_bnfold.folding.census import Rest
+from lit_bnfold.folding.rewrite import Zero, fold_structure
 
 MANIFEST = "batchnorm_folding"
 """Key of the plan in a folded checkpoint."""
@@ -169,5 +169,4 @@ def _is_being_fitted(module: LightningModule) -> bool:
 
 def _is_folded(module: nn.Module, plan: FoldingPlan) -> bool:
     modules = dict(module.named_modules())
-    named = [modules.get(fold.batchnorm) for fold in plan.folds]
-    return all(module is not None and not is_batchnorm(module) for module in named)
+    return all(isinstance(modules.get(fold.batchnorm), (nn.Identity, Zero, Rest)) for fold in plan.folds)
