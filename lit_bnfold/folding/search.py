@@ -373,6 +373,7 @@ class _Parallel(_Search):
     """Into a layer of the same input whose output it is added to, as in RepVGG; its own output is then nothing."""
 
     direction = "parallel"
+    meets_batchnorm = False
 
     def _walk(self) -> None:
         if len(self.calls) > 1 or not self.graph.batchnorms[self.name].only_normalises:
@@ -384,6 +385,8 @@ class _Parallel(_Search):
                 raise self._seen_by(output, call)
             other = next(index for index in call.inputs if index != output.index)
             layer = self._addend(self.graph.values[other], call)
+            if layer is None and self.meets_batchnorm:
+                raise _StaysError("before-batchnorm", "it is added to what another BatchNorm gave, which stays")
             if layer is None:
                 raise _StaysError("no-layer", "it is not added to the output of a layer of the same input")
             self._check_unwritten_between(self.graph.values[layer.inputs[0]], (layer, self.calls[0]))
@@ -399,6 +402,7 @@ class _Parallel(_Search):
             return None
         if maker.kind == "layer":
             return maker if self._is_fit(maker) else None
+        self.meets_batchnorm |= maker.kind == "batchnorm" and not self._is_passed(maker)
         if self._is_passed(maker) or maker.name == "aten.add.Tensor":
             is_sum = maker.kind == "operation"
             if is_sum and not _is_plain_sum(self.graph, maker) and len(maker.inputs) > 1:

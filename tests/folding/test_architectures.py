@@ -127,6 +127,13 @@ class RepVGG(nn.Module):
         return F.relu(self.dense(x) + self.point(x) + self.identity(x))
 
 
+class IdentityFirst(RepVGG):
+    """The same sum in another order: the identity's BatchNorm runs before those that have to be folded before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.identity(x) + self.dense(x) + self.point(x))
+
+
 class UNet(nn.Module):
     """Ronneberger et al., 2015, with grouped transposed convolutions on the way up."""
 
@@ -208,6 +215,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[st
     # One in each of four convolutions, and the one over the concatenation of two more.
     "Inception": (lambda: Inception(4), IMAGE, {"backward": 5}, 0),
     "RepVGG": (lambda: nn.Sequential(RepVGG(4), RepVGG(4, 2)), IMAGE, {"backward": 4, "parallel": 2}, 0),
+    "RepVGG, identity first": (lambda: IdentityFirst(4), IMAGE, {"backward": 2, "parallel": 1}, 0),
     "U-Net": (UNet, (2, 3, 8, 8), {"backward": 4}, 0),
     "PointNet": (
         lambda: nn.Sequential(
