@@ -93,7 +93,7 @@ class Program(nn.Module):
             elif kind == "reflect":
                 x = F.pad(x, (1, 0, 0, 1), mode="reflect")[..., :-1, 1:]
             elif kind == "mean":
-                x = x.mean((2, 3), keepdim=True).expand(x.shape)
+                x = x.mean((2, 3), keepdim=True).expand(x.shape).clone()  # A later write needs memory of its own.
             elif kind == "permute":
                 x = x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
             elif kind == "linear":
