@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Numbers that are widened to float64 at a time, 2 MiB of them.
+_BLOCK = 2**18
+
 
 def scale_and_shift(
     running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
@@ -178,8 +181,13 @@ def round_like(exact: Tensor, like: Tensor) -> Tensor:
 
 
 def _times(weight: Tensor, factors: Tensor) -> Tensor:
-    """A weight times float64 factors: one pass, in which each number is widened, multiplied and rounded."""
-    return _flushed(torch.mul(weight.detach(), factors.double(), out=torch.empty_like(weight, requires_grad=False)))
+    """A weight (A, ...) times float64 factors (A, ...), some rows at a time, so that the wide numbers stay in cache."""
+    product = torch.empty_like(weight, requires_grad=False)
+    rows = max(1, _BLOCK * len(weight) // max(1, weight.numel()))
+    for start in range(0, len(weight), rows):
+        block = slice(start, start + rows)
+        product[block] = _flushed((weight[block].double() * factors[block]).to(weight.dtype))
+    return product
 
 
 def _flushed(rounded: Tensor) -> Tensor:
