@@ -271,12 +271,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(how: str, stop: int, wor
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_folds_it(tmp_path: Path) -> None:
-    """In a process of its own, started as ``python -m lit_bnfold``."""
+    """In a process of its own, as ``python -m lit_bnfold`` starts it."""
+    # A shell starts what runs in the background deaf to Ctrl-C, and its children inherit that.
+    listening = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start = [sys.executable, "-c", listening + "runpy.run_module('lit_bnfold', run_name='__main__')"]
     root = tmp_path / "a root"
     args = ["--trainer.default_root_dir", root, "--model.n_hidden", "[16]", "--data.block_size", "4"]
     args += ["--last_checkpoint.every_n_train_steps", "20", "--trainer.enable_model_summary", "false"]
     with subprocess.Popen(
-        [sys.executable, "-m", "lit_bnfold", "fit", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*start, "fit", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         assert process.stdout is not None
         os.set_blocking(process.stdout.fileno(), False)
