@@ -683,6 +683,53 @@ def test_a_mismatch_warns_on_request_and_keeps_the_unfolded_module(
     assert folding.folded_module is None
 
 
+class AllDirections(Tiny):
+    """One BatchNorm before its layer, one beside its layer, one behind it that does more than normalise."""
+
+    class Rectifying(nn.BatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).relu()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.beside, self.behind = nn.BatchNorm1d(4), nn.BatchNorm1d(4), self.Rectifying(4)
+        self.first, self.second, self.net = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.behind(self.first(self.before(inputs)))
+        return self.net((self.second(hidden) + self.beside(hidden)).tanh())
+
+
+def test_folds_in_every_direction_are_proven(tmp_path: Path, randomised: Randomised) -> None:
+    folding = BatchNormFolding()
+    fit(tmp_path, randomised(AllDirections()), folding)
+    errors = {fold["direction"]: fold["max_rel_error"] for fold in folding.report["folds"]}
+    assert errors.keys() == {"forward", "backward", "parallel"}
+    assert all(0.0 <= error < 1e-6 for error in errors.values())
+    assert folding.report["mismatch"] is None
+    module = load_folded(AllDirections, tmp_path / "folded.ckpt")
+    inputs = torch.randn(7, 4)
+    assert torch.equal(module(inputs), folding.folded_module(inputs))
+    assert not any("running" in key or "before" in key for key in module.state_dict())
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "parallel"])
+def test_a_wrong_fold_in_any_direction_is_a_mismatch(
+    direction: str, tmp_path: Path, randomised: Randomised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"forward": "fold_into_inputs", "backward": "fold_into_outputs", "parallel": "add_identity"}[direction]
+    right = getattr(rewriting, name)
+
+    def wrong(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        weight, bias = right(*args, **kwargs)
+        return weight, bias + 0.01
+
+    monkeypatch.setattr(rewriting, name, wrong)
+    with pytest.raises(FoldingError, match="does not do what the original does: the folded layer"):
+        fit(tmp_path, randomised(AllDirections()), BatchNormFolding())
+    assert files_in(tmp_path) == set()
+
+
 class Straying(Tiny):
     """Reads a layer without its BatchNorm, on the second batch only."""
 
