@@ -11,6 +11,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_bnfold.folding import fold_batchnorm
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 
@@ -152,7 +153,7 @@ class NotebookNetwork:
             parameter.data -= lr * gradient
 
 
-def test_training_is_the_notebooks_arithmetic() -> None:
+def test_training_is_the_notebooks_arithmetic_before_and_after_folding() -> None:
     model, batches = BatchNormMLP(milestones=[4]).double(), random_batches(7)
     notebook = NotebookNetwork(model)
     for step, batch in enumerate(batches):
@@ -160,10 +161,14 @@ def test_training_is_the_notebooks_arithmetic() -> None:
     trainer(precision="64-true", max_steps=7).fit(model, batches)
 
     contexts = torch.cat([contexts for contexts, _ in batches])
+    folded = fold_batchnorm(model, (contexts,)).eval()
+    assert not any(isinstance(module, nn.BatchNorm1d) for module in folded.modules())
     with torch.no_grad():
-        logits = model.eval()(contexts)
-        torch.testing.assert_close(logits, notebook.logits(contexts, training=False), rtol=0, atol=1e-12)
-    assert logits.dtype == torch.float64
+        expected = notebook.logits(contexts, training=False)
+        for network in (model.eval(), folded):
+            logits = network(contexts)
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12)
+            assert logits.dtype == torch.float64
 
 
 class MemoryLogger(DummyLogger):
