@@ -105,11 +105,12 @@ def fold_batchnorm(
     return folded
 
 
-def _record(twin: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ValueGraph:
+def _record(twin: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, lends_bias: bool = True) -> ValueGraph:
     """What one run in eval mode does; a dict or a list that the model empties is a copy."""
     args, kwargs = copy.deepcopy((args, kwargs), {id(tensor): tensor for tensor in tensors_in((args, kwargs))})
     twin.eval()
-    with torch.random.fork_rng(_cuda_devices(twin)), torch.no_grad(), _nothing_compiled(), Recorder(twin) as recorder:
+    recorder = Recorder(twin, lends_bias=lends_bias)
+    with torch.random.fork_rng(_cuda_devices(twin)), torch.no_grad(), _nothing_compiled(), recorder:
         try:
             # What the run gives lives until the recorder is closed: whatever it holds back counts as held by somebody.
             _output = twin(*args, **kwargs)
@@ -128,7 +129,8 @@ def _runs_alike(
     names = {fold.batchnorm for fold in plan.folds}
     disguise(names, twin)
     try:
-        return _record(twin, args, kwargs).outline(names) == graph.outline(names)
+        # This time no layer is lent a bias, so that a forward which asks whether there is one is found out as well.
+        return _record(twin, args, kwargs, lends_bias=False).outline(names) == graph.outline(names)
     except FoldingError:
         return False
 

@@ -124,6 +124,8 @@ class Layer:
         """Whether each element of the output lies on the element of the input that the middle of the kernel reads."""
         if not self.kernel or not self.takes_inputs:
             return self.takes_inputs
+        if not all(size % 2 for size in self.kernel):
+            return False
         dilation = self._per_axis(call, 5, "dilation", 1)
         centred = [step * (size - 1) / 2 for step, size in zip(dilation, self.kernel, strict=True)]
         return set(self._per_axis(call, 3, "stride", 1)) == {1} and self._padding(call) == tuple(centred)
@@ -229,9 +231,13 @@ class ValueGraph:
             if module in without:
                 outline += [module] if outline[-1:] != [module] else []
                 continue
-            inputs = [numbers.setdefault(index, len(numbers)) for index in call.inputs]
+            # Whether a layer had a bias is left out: one run of two lends it one.
+            is_layer = call.kind == "layer"
+            read = call.inputs[:1] if is_layer else call.inputs
+            given = [call.args[3:], call.kwargs | {"bias": None}] if is_layer else [call.args, call.kwargs]
+            inputs = [numbers.setdefault(index, len(numbers)) for index in read]
             outputs = [(numbers.setdefault(index, len(numbers)), self.values[index].shape) for index in call.outputs]
-            outline.append((call.kind, call.name, module, inputs, outputs, _scalars([call.args, call.kwargs])))
+            outline.append((call.kind, call.name, module, inputs, outputs, _scalars(given)))
         return outline
 
     def where(self, call: Call) -> str:

@@ -68,6 +68,7 @@ class Recorder:
 
     Args:
         model: The model of interest. The caller runs it, in whatever way is the real one.
+        lends_bias: Whether a layer without a bias, but with a forward of its own, gets one of zeros for the time being.
 
     Raises:
         FoldingError: If a lazy module of the model has not met its first batch.
@@ -85,8 +86,10 @@ class Recorder:
         [('layer', '0'), ('batchnorm', '1')]
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, lends_bias: bool = True) -> None:
         self.graph = ValueGraph()
+        self._lends_bias = lends_bias
+        self._flattened: tuple[int, int] | None = None
         self._census = Census(model)
         self._ledger = _Ledger(self.graph)
         self._batchnorms = {module for module in self._census.names if is_batchnorm(module)}
@@ -116,7 +119,8 @@ class Recorder:
             for module in self._census.names:
                 if not isinstance(module, torch.jit.ScriptModule):
                     self._watch(module, stack)
-                    self._lend_bias(module, stack)
+                    if self._lends_bias:
+                        self._lend_bias(module, stack)
             stack.enter_context(_FunctionWitness(self))
             stack.enter_context(_OperationWitness(self))
             self._exit = stack.pop_all()
@@ -238,6 +242,10 @@ class Recorder:
             kind = layer_kind(module)
             if kind is not None and function is kind.function:
                 return self._run_layer(module, kind, args, kwargs)
+            if function is F.batch_norm:
+                self._note_batch_norm_inside()
+        if function in (torch.flatten, Tensor.flatten):
+            return self._run_flatten(function, args, kwargs)
         if function is F.pad and "circular" in (*args, *kwargs.values()):
             # Below, this is a dozen of writes into slices of one tensor.
             return self._run_whole("operation", "circular_pad", F.pad, args, kwargs)
@@ -246,6 +254,25 @@ class Recorder:
             if isinstance(tensor, Tensor):
                 self._note_python(function, tensor)
         return function(*args, **kwargs)
+
+    def _note_batch_norm_inside(self) -> None:
+        """What is left of a BatchNorm that does more leaves out every `batch_norm`, also that of its parts."""
+        for _, module in self._stack:
+            if module in self._batchnorms:
+                name = self._census.names[module]
+                facts = self.graph.batchnorms[name]
+                self.graph.batchnorms[name] = _add_obstacle(facts, "own-forward", "a part of it calls `batch_norm` too")
+
+    def _run_flatten(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Below, this is a view like any other; which axes it joined is known only here."""
+        rank = args[0].dim()
+        given = {"start_dim": 0, "end_dim": -1} | dict(zip(("start_dim", "end_dim"), args[1:], strict=False)) | kwargs
+        if rank > 0 and all(isinstance(axis, int) for axis in given.values()):
+            self._flattened = (given["start_dim"] % rank, given["end_dim"] % rank)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._flattened = None
 
     def _run_batchnorm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         given = dict(zip(_BATCHNORM_ARGUMENTS, args, strict=False)) | kwargs
@@ -338,7 +365,8 @@ class Recorder:
         output = operation(*args, **kwargs)
         # Torch's own operations say so if they draw random numbers; others could do or read anything.
         draws = torch.Tag.nondeterministic_seeded in operation.tags if str(operation).startswith("aten.") else True
-        self._add_call("operation", str(operation), args, kwargs, output, written, draws=draws)
+        noted = kwargs if self._flattened is None else kwargs | {"flattened": self._flattened}
+        self._add_call("operation", str(operation), args, noted, output, written, draws=draws)
         if _reveals_numbers(operation, args):
             self._note_fork((args, kwargs))
         return output

@@ -151,14 +151,14 @@ def _unpermute(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 def _view_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     before, after = _shapes(graph, call)
     moved = _reshape_labels(labels, before, after)
-    _check_short_axes(labels, before, moved, after)
+    _check_short_axes(graph, call, labels, moved)
     return moved
 
 
 def _view_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     before, after = _shapes(graph, call)
     moved = _compact(_reshape_labels(labels, after, before))
-    _check_short_axes(moved, before, labels, after)
+    _check_short_axes(graph, call, moved, labels)
     return moved
 
 
@@ -194,19 +194,35 @@ def _corresponding_axes(before: Sequence[int], after: Sequence[int]) -> list[tup
     return groups
 
 
-def _check_short_axes(labels: Tensor, before: tuple[int, ...], moved: Tensor, after: tuple[int, ...]) -> None:
-    """Refuse a reshape that moves axes of size 1 past the channels, or puts the channels first where there were some.
+def _check_short_axes(graph: ValueGraph, call: Call, labels: Tensor, moved: Tensor) -> None:
+    """Refuse a reshape that makes axes of size 1 vanish beside the channels.
 
     With one example in the batch, ``view(C, -1)`` looks like a harmless removal of the batch axis; with two it mixes
-    the examples with the channels. So does ``view(N, C, -1)`` with the steps of a sequence, once there are two of them.
-    Only longer axes could tell the two apart.
+    the examples with the channels. So does ``view(-1, C)`` with the steps of a sequence behind the channels, once there
+    are two of them. Only longer axes could tell, or the call itself.
     """
     if max(labels.shape, default=1) == 1:
         return
+    before, after = _shapes(graph, call)
     (left, right), (moved_left, moved_right) = _short_axes(labels, before), _short_axes(moved, after)
-    is_first = _first_axis(moved) == 0 and left == _first_axis(labels) > 0
-    if is_first or (left - moved_left) * (right - moved_right) < 0:
+    left_is_known = left <= moved_left or _joins_before_channels(call, labels, moved)
+    right_is_known = right <= moved_right or _is_average(graph, call)
+    if not (left_is_known and right_is_known):
         raise NotTransparent("removes an axis of size 1: an example of at least 2 there would show what it really does")
+
+
+def _joins_before_channels(call: Call, labels: Tensor, moved: Tensor) -> bool:
+    """Whether whatever an axis of size 1 may grow to goes to an axis before the channels."""
+    if "flattened" in call.kwargs:
+        return bool(call.kwargs["flattened"][1] < _first_axis(labels))
+    sizes = _argument(call, 1, "size")
+    return -1 in sizes and sizes.index(-1) < _first_axis(moved)
+
+
+def _is_average(graph: ValueGraph, call: Call) -> bool:
+    """Whether axes of size 1 are what an average left of longer ones, and so never grow."""
+    maker = graph.maker(graph.values[call.inputs[0]])
+    return maker is not None and (maker.name == "aten.mean.dim" or maker.name.startswith("aten._adaptive_avg_pool"))
 
 
 def _short_axes(labels: Tensor, shape: tuple[int, ...]) -> tuple[int, int]:

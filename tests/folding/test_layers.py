@@ -93,6 +93,60 @@ def test_layer_that_also_reads_something_else_keeps_the_batchnorm_before_it(judg
     judge(model, torch.randn(5, 3).double(), kept={"bn": "no-layer"})
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [lambda m, x: m.fc(m.bn(x.relu()).reshape(-1, 4)),
+     lambda m, x: m.fc(m.bn(x.relu()).reshape(x.shape[0], -1).reshape(-1, 4))],
+)  # fmt: skip
+def test_sequence_of_one_step_that_would_be_mixed_with_the_channels_is_kept(forward: Any, judge: Any, net: Any) -> None:
+    others = [(torch.randn(3, 4, 2).double(),), (torch.randn(2, 4, 3).double(),)]
+    model = net(forward, bn=nn.BatchNorm1d(4), fc=nn.Linear(4, 3))
+    judge(model, torch.randn(3, 4, 1).double(), kept={"bn": "no-layer"}, others=others)
+
+
+def test_tokens_of_one_step_that_would_be_mixed_with_the_channels_are_kept(judge: Any, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.bn(m.fc(x).reshape(x.shape[0], -1).reshape(x.shape[0], 4, -1))
+
+    model = net(forward, bn=nn.BatchNorm1d(4), fc=nn.Linear(4, 4))
+    judge(
+        model, torch.randn(3, 1, 4).double(), kept={"bn": "not-transparent"}, others=[(torch.randn(3, 2, 4).double(),)]
+    )
+
+
+def test_part_of_a_batchnorm_that_calls_batch_norm_itself_keeps_it(judge: Any) -> None:
+    class Standardising(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            ones = torch.ones(4, dtype=input.dtype)
+            return nn.functional.batch_norm(input, ones, 2 * ones).relu()
+
+    class WithPart(nn.BatchNorm1d):
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.part = Standardising()
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.part(super().forward(input))
+
+    judge(nn.Sequential(nn.Linear(3, 4), WithPart()), torch.randn(5, 3).double(), kept={"1": "own-forward"})
+
+
+def test_layer_that_does_something_else_without_a_bias_keeps_the_batchnorm(judge: Any) -> None:
+    class Asking(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            plain = nn.functional.linear(input, self.weight, self.bias)
+            return plain if self.bias is not None else plain * 2
+
+    model = nn.Sequential(Asking(3, 4, bias=False), nn.BatchNorm1d(4))
+    judge(model, torch.randn(5, 3).double(), kept={"1": "structure-read"})
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+def test_kernel_of_even_size_has_no_middle_for_a_batchnorm_beside_it(judge: Any, net: Any) -> None:
+    model = net(lambda m, x: m.c(x) + m.bn(x), c=nn.Conv1d(4, 4, 2, padding="same"), bn=nn.BatchNorm1d(4))
+    judge(model, torch.randn(2, 4, 6).double(), kept={"bn": "other-reader"})
+
+
 def test_channels_last_weights_stay_so(randomised: Any) -> None:
     model = randomised(
         nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)).to(memory_format=torch.channels_last)

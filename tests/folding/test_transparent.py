@@ -28,7 +28,8 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Operation]] = {
     "view that splits and joins": ([(2, 3, 4)], lambda x: x.view(4, 6)),
     "view of another kind": ([(6, 4)], lambda x: x.view(4, 6)),
     "view that adds an axis": ([(2, 3)], lambda x: x.view(2, 1, 3)),
-    "view that drops an axis": ([(2, 1, 3)], lambda x: x.view(2, 3)),
+    "flatten that drops an axis": ([(2, 1, 3)], lambda x: x.flatten(0, 1)),
+    "view of all but the last axis that drops one": ([(2, 1, 3)], lambda x: x.view(-1, 3)),
     "reshape after transpose": ([(2, 3, 4)], lambda x: x.transpose(1, 2).reshape(8, 3)),
     "permute": ([(2, 3, 4)], lambda x: x.permute(2, 0, 1)),
     "permute backwards": ([(2, 3, 4)], lambda x: x.permute(-1, 0, -2)),
@@ -223,6 +224,22 @@ def test_operations_outside_the_table_or_its_limits_do_not_pass(net: Any, operat
     if call.name in RULES:
         with pytest.raises(NotTransparent):
             RULES[call.name].up(graph, call, 0, Channels.along(rank - 1, 3, rank))
+
+
+@pytest.mark.parametrize(
+    ("shape", "operation", "axis"),
+    [((2, 1, 3), lambda x: x.view(2, 3), 1), ((2, 3, 1), lambda x: x.view(-1, 3), 1),
+     ((2, 1, 3), lambda x: x.flatten(1), 1), ((1, 3), lambda x: x.view(3, -1), 0)],
+)  # fmt: skip
+def test_axis_of_one_that_vanishes_beside_the_channels_is_refused_both_ways(
+    net: Any, shape: tuple[int, ...], operation: Operation, axis: int
+) -> None:
+    graph, call = recorded(net, operation, [torch.randn(shape, dtype=torch.float64)])
+    rank = len(graph.values[call.outputs[0]].shape)
+    with pytest.raises(NotTransparent, match="of at least 2 there"):
+        RULES[call.name].up(graph, call, 0, Channels.along(axis, 3, rank))
+    with pytest.raises(NotTransparent, match="of at least 2 there"):
+        RULES[call.name].down(graph, call, {call.inputs[0]: Channels.along(shape.index(3), 3, len(shape))})
 
 
 def test_cast_to_whole_numbers_is_refused_both_ways(net: Any) -> None:
