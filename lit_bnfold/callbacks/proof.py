@@ -90,6 +90,15 @@ class Witness(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Stop watching."""
+        self.conclude(batch_idx, dataloader_idx)
+
+    def conclude(self, batch_idx: int, dataloader_idx: int) -> None:
+        """End a batch.
+
+        Args:
+            batch_idx: Its number within its loader.
+            dataloader_idx: The number of the loader.
+        """
         self._watching.close()
 
 
@@ -161,17 +170,9 @@ class LayerWitness(Witness):
         self._counting.close()
         super().__exit__(kind, error, trace)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Stop watching, and compare how often each layer and its BatchNorm were called."""
-        super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+    def conclude(self, batch_idx: int, dataloader_idx: int) -> None:
+        """End a batch, and compare how often each layer and its BatchNorm were called."""
+        super().conclude(batch_idx, dataloader_idx)
         for fold in self._plan.folds:
             for layer in fold.layers:
                 calls = (self._counts[layer], self._counts[fold.batchnorm])
