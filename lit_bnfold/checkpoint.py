@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import nn
 
 from lit_bnfold.folding import FoldingError, FoldingPlan
-from lit_bnfold.folding.census import Rest
+from lit_bnfold.folding.kinds import Rest
 from lit_bnfold.folding.rewrite import Zero, fold_structure
 
 MANIFEST = "batchnorm_folding"

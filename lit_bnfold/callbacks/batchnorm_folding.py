@@ -21,7 +21,7 @@ from lit_bnfold.callbacks.report import Report, make_report, print_report, scala
 from lit_bnfold.callbacks.validation import ValidationRun, run_validation
 from lit_bnfold.checkpoint import save_folded, whole_file
 from lit_bnfold.folding import FoldingError, FoldingPlan
-from lit_bnfold.folding.census import is_batchnorm
+from lit_bnfold.folding.kinds import KINDS
 from lit_bnfold.folding.rewrite import copy_model, folded_in_place
 
 _Validate = Callable[[Sequence[Callback]], ValidationRun | None]
@@ -113,7 +113,7 @@ class BatchNormFolding(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say if there is nothing to fold, now that the module has built whatever it builds late."""
-        if not any(is_batchnorm(module) for module in pl_module.modules()):
+        if not any(KINDS.batchnorm(module) for module in pl_module.modules()):
             rank_zero_warn(f"BatchNormFolding has nothing to fold: {type(pl_module).__name__} has no BatchNorm.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

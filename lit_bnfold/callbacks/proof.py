@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import zip_longest
@@ -17,21 +17,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_bnfold.folding import Fold, FoldingPlan, Part
-from lit_bnfold.folding.census import layer_kind, own_tensors
+from lit_bnfold.folding import Fold, FoldingPlan
+from lit_bnfold.folding.kinds import KINDS
 from lit_bnfold.folding.record import Recorder, tensors_in
 from lit_bnfold.folding.search import make_plan
-from lit_bnfold.folding.transparent import UNTOUCHED
+from lit_bnfold.folding.trial import Function, with_batchnorm
 from lit_bnfold.metrics import OutputError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_Function = Callable[..., Tensor]
 
 
 class OutermostCall(NamedTuple):
@@ -144,12 +141,15 @@ class LayerWitness(Witness):
         super().__init__(pl_module)
         modules = dict(pl_module.named_modules())
         self._layers = {part.layer: modules[part.layer] for fold in plan.folds for part in fold.parts}
-        self._expected: dict[str, _Function] = {name: _snapshot(layer) for name, layer in self._layers.items()}
+        self._expected: dict[str, Function] = {name: _snapshot(layer) for name, layer in self._layers.items()}
         for fold in plan.folds:
+            kind = KINDS.batchnorm(modules[fold.batchnorm])
+            assert kind is not None
+            numbers = kind.numbers(modules[fold.batchnorm])
             for part in fold.parts:
-                batchnorm, before = _snapshot(modules[fold.batchnorm]), self._expected[part.layer]
-                axis = _channel_axis(modules[part.layer])
-                self._expected[part.layer] = _with_batchnorm(fold.direction, before, batchnorm, part, axis)
+                layer, before = KINDS.layer(modules[part.layer]), self._expected[part.layer]
+                assert layer is not None
+                self._expected[part.layer] = with_batchnorm(fold.direction, before, numbers, part, layer.channel_axis)
         self.errors = {name: OutputError() for name in self._layers}
         self.stray: str | None = None
         self._plan = plan
@@ -276,42 +276,3 @@ def _snapshot(module: nn.Module) -> nn.Module:
         for key, parameter in module._parameters.items()
     }
     return twin
-
-
-def _channel_axis(layer: nn.Module) -> int:
-    kind = layer_kind(layer)
-    assert kind is not None
-    return kind.channel_axis
-
-
-def _with_batchnorm(direction: str, layer: _Function, batchnorm: nn.Module, part: Part, axis: int) -> _Function:
-    """A layer and the BatchNorm that goes into it, as they were: behind it, before it or beside it."""
-
-    def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if direction == "backward":
-            return _normalise(layer(input, *args, **kwargs), batchnorm, part, axis)
-        normalised = _normalise(input, batchnorm, part, axis)
-        if direction == "forward":
-            return layer(normalised, *args, **kwargs)
-        return layer(input, *args, **kwargs) + normalised
-
-    return run
-
-
-def _normalise(output: Tensor, batchnorm: Any, part: Part, channel_axis: int) -> Tensor:
-    """What a BatchNorm makes of the output of a layer, by torch's own batch norm and not by our algebra."""
-    rows = output.movedim(channel_axis, -1)  # (..., C)
-    channels = torch.tensor(part.channels or range(rows.shape[-1]), device=output.device)
-    own = {key: tensor[channels.clamp(min=0)] for key, tensor in own_tensors(batchnorm).items() if tensor.dim() == 1}
-    mean, var, weight, bias = (own.get(key) for key in ("running_mean", "running_var", "weight", "bias"))
-
-    def normalise(rows: Tensor) -> Tensor:
-        flat = rows.reshape(-1, rows.shape[-1])  # (..., C) -> (N, C)
-        return F.batch_norm(flat, mean, var, weight, bias, training=False, eps=getattr(batchnorm, "eps", 0.0)).view(
-            rows.shape
-        )
-
-    normalised = normalise(rows)
-    if part.shift != 1.0:
-        normalised = normalised - (1.0 - part.shift) * normalise(torch.zeros_like(rows))
-    return torch.where(channels == UNTOUCHED, rows, normalised).movedim(-1, channel_axis)

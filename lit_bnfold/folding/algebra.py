@@ -48,6 +48,36 @@ def scale_and_shift(
     return scale, shift
 
 
+def rounding_gain(
+    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> float:
+    """How many times larger a rounding error of a layer is behind a BatchNorm, at worst over its channels.
+
+    Larger as such, by the scale; or larger in units of the output, where mean and bias nearly cancel out.
+
+    Args:
+        running_mean: Mean of each channel, (C,).
+        running_var: Variance of each channel, (C,).
+        weight: Factor of each channel, (C,); None counts as ones.
+        bias: Offset of each channel, (C,); None counts as zeros.
+        eps: What is added to the variance under the root.
+
+    Returns:
+        A factor of at least 1.
+
+    Example:
+        >>> rounding_gain(torch.zeros(1), torch.full((1,), 2.0**-20), None, None, eps=0.0)
+        1024.0
+    """
+    mean, var = running_mean.double().abs(), running_var.double()
+    scale = (torch.ones_like(var) if weight is None else weight.double().abs()) * (var + eps).rsqrt()
+    before = scale * (mean + var.sqrt())
+    after = scale * var.sqrt() + (0.0 if bias is None else bias.double().abs())
+    # A channel whose weight and bias are zero gives zeros, and loses nothing.
+    cancelled = torch.where(before > 0, before / after, 0.0)
+    return max([1.0, *torch.maximum(scale, cancelled).tolist()])
+
+
 def fold_into_outputs(
     weight: Tensor,
     bias: Tensor | None,
@@ -123,6 +153,30 @@ def fold_into_inputs(
     folded_bias = sums if bias is None else bias.double() + sums
     spread = _over_second_axis(scale, weight, groups)
     return _times(weight, spread), round_like(folded_bias, weight if bias is None else bias)
+
+
+def shift_before_normalising(scale: Tensor, shift: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """What ``scale * x + shift`` before a BatchNorm adds to its normalised values, beside scaling them.
+
+    ``(scale * x + shift - mean) / sqrt(var + eps)`` is ``scale * (x - mean) / sqrt(var + eps)`` plus this. So a
+    BatchNorm takes the map as a layer with one input for each output would, whose input are its normalised values.
+
+    Args:
+        scale: Factor of each channel, (C,), float64.
+        shift: Offset of each channel, (C,), float64.
+        mean: The BatchNorm's mean of each channel, (C,).
+        var: The BatchNorm's variance of each channel, (C,).
+        eps: What is added to the variance under the root.
+
+    Returns:
+        The offset of each channel, (C,), float64.
+
+    Example:
+        >>> one, two = torch.ones(1, dtype=torch.float64), torch.full((1,), 2.0, dtype=torch.float64)
+        >>> shift_before_normalising(scale=two, shift=one, mean=two, var=one, eps=0.0)
+        tensor([3.], dtype=torch.float64)
+    """
+    return ((scale - 1.0) * mean.double() + shift) * (var.double() + eps).rsqrt()
 
 
 def add_identity(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

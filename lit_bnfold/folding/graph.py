@@ -7,9 +7,10 @@ one call of a module. None of the records holds a tensor, so a graph costs littl
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from typing import Any, Literal
 
 Obstacle = tuple[str, str]
@@ -73,6 +74,8 @@ class Call:
         kwargs: Keyword arguments, likewise.
         inputs: Values read, in the order of the arguments.
         outputs: Values made.
+        draws: Whether it draws random numbers, or could.
+        computed: Of a layer's call, the values of those of its tensors that are computed at every call.
     """
 
     index: int
@@ -84,6 +87,8 @@ class Call:
     kwargs: dict[str, Any]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...] = ()
+    draws: bool = False
+    computed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +101,17 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What a plan needs to know of a weight layer.
+    """What a plan needs to know of a weight layer, or of a BatchNorm that stays and takes others as a layer does.
 
     Attributes:
         in_channels: Length of the channel axis of its input.
         out_channels: Length of the channel axis of its output.
-        channel_axis: Which axis that is, counted from the end.
+        channel_axis: Which axis that is, counted from the end if negative.
         kernel: Sizes of its kernel; empty for a layer without one.
         takes_inputs: Whether a map of its inputs can be multiplied into its weight.
-        parameters: Names of its parameters and buffers.
+        parameters: Names of its weight and its bias, as far as they are ordinary parameters.
+        computed: Those of ``weight`` and ``bias`` that are computed at every call.
+        originals: Names of the parameters and buffers that they may be computed from.
         obstacle: Why nothing may be folded into it whatever the run did; None if nothing is in the way.
     """
 
@@ -114,6 +121,8 @@ class Layer:
     kernel: tuple[int, ...]
     takes_inputs: bool
     parameters: tuple[str, ...]
+    computed: tuple[str, ...]
+    originals: tuple[str, ...]
     obstacle: Obstacle | None
 
     def pads_with_zeros(self, call: Call) -> bool:
@@ -149,14 +158,18 @@ class BatchNorm:
 
     Attributes:
         num_features: Number of channels.
+        channel_axis: Axis of its input that they lie on, counted from the end if negative.
         only_normalises: Whether its forward does nothing besides.
         parameters: Names of its parameters and buffers.
+        gain: How many times larger a rounding error of a layer is behind it.
         obstacle: Why it has to stay whatever the run did; None if nothing is in the way.
     """
 
     num_features: int
+    channel_axis: int
     only_normalises: bool
     parameters: tuple[str, ...]
+    gain: float
     obstacle: Obstacle | None
 
 
@@ -171,7 +184,7 @@ class ValueGraph:
         writers: For each storage that was written in place, the calls that did it.
         aliased: Storages that were reached through a tensor whose origin the run does not show, with a sentence.
         forked: Modules that were running when a tensor became a Python value; None stands for the run itself.
-        layers: The weight layers that were called, by name.
+        layers: The weight layers and BatchNorms that were called, by name.
         batchnorms: Every BatchNorm of the model, by name, in the order of ``named_modules()``.
     """
 
@@ -218,25 +231,49 @@ class ValueGraph:
         aliases = self._storages[value.storage]
         return any(call.name in _STRIDE_READERS for alias in aliases for call in self.users(alias))
 
-    def outline(self, without: Collection[str]) -> list[Any]:
+    def origins(self, values: Iterable[int]) -> tuple[set[int], set[int]]:
+        """Everything that went into some values.
+
+        Args:
+            values: Their indices.
+
+        Returns:
+            Indices of the values, these included, and of the calls that made them.
+        """
+        pending, found, calls = list(values), set[int](), set[int]()
+        while pending:
+            value = self.values[pending.pop()]
+            if value.index in found:
+                continue
+            found.add(value.index)
+            if value.maker is not None and value.maker not in calls:
+                calls.add(value.maker)
+                pending.extend(self.calls[value.maker].inputs)
+        return found, calls
+
+    def outline(self, erased: Mapping[str, bool], baked: Collection[str] = ()) -> list[Any]:
         """The run without the numbers in its tensors: two runs with equal outlines did the same.
 
         Args:
-            without: Names of modules whose inside does not count.
+            erased: Names of BatchNorms whose inside does not count, and of each, whether it may as well pass on what it
+                is given.
+            baked: Names of layers of which it does not count how they compute their weight.
         """
-        numbers: dict[int, int] = {}
+        _, ignored = self.origins(value for name in baked for call in self.calls_of[name] for value in call.computed)
+        numbers: dict[int, int] = defaultdict(count().__next__)
         outline: list[Any] = []
         for call in self.calls:
+            if call.kind == "batchnorm" and erased.get(call.owner or ""):
+                numbers[call.outputs[0]] = numbers[call.inputs[0]]
             module = self.frames[call.frame].module
-            if module in without:
-                outline += [module] if outline[-1:] != [module] else []
+            if call.index in ignored or module in erased:
                 continue
             # Whether a layer had a bias is left out: one run of two lends it one.
             is_layer = call.kind == "layer"
             read = call.inputs[:1] if is_layer else call.inputs
             given = [call.args[3:], call.kwargs | {"bias": None}] if is_layer else [call.args, call.kwargs]
-            inputs = [numbers.setdefault(index, len(numbers)) for index in read]
-            outputs = [(numbers.setdefault(index, len(numbers)), self.values[index].shape) for index in call.outputs]
+            inputs = [numbers[index] for index in read]
+            outputs = [(numbers[index], self.values[index].shape) for index in call.outputs]
             outline.append((call.kind, call.name, module, inputs, outputs, _scalars(given)))
         return outline
 

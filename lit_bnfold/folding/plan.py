@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lit_bnfold.folding.graph import FoldingError
+from lit_bnfold.folding.kinds import KINDS, Kinds
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,11 +25,14 @@ class Part:
         channels: The BatchNorm's channel for each channel of the layer, of its outputs or, if the fold is forward, of
             its inputs; -1 where the layer stays as it is. None where channel ``i`` is channel ``i``.
         shift: The share of the shift that this layer takes.
+        baked: Whether the layer computes its weight at every call, so that the weight of the moment is made a parameter
+            before it takes anything.
     """
 
     layer: str
     channels: tuple[int, ...] | None = None
     shift: float = 1.0
+    baked: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,13 @@ class Fold:
         parts: The layers that take it, each with what it takes.
         direction: ``backward`` into layers before the BatchNorm, ``forward`` into layers after it, ``parallel`` into a
             layer of the same input that it is added to.
+        note: A warning, in a sentence, if its numbers cost many digits; else None.
     """
 
     batchnorm: str
     parts: tuple[Part, ...]
     direction: str = "backward"
+    note: str | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -78,12 +85,13 @@ class FoldingPlan:
     folds: tuple[Fold, ...] = ()
     kept: tuple[Kept, ...] = ()
 
-    def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
+    def apply(self, model: nn.Module, inplace: bool = False, kinds: Kinds = KINDS) -> nn.Module:
         """Fold a model that has the structure of the one this plan was made for.
 
         Args:
             model: The model to fold.
             inplace: Whether to fold ``model`` itself. Otherwise it is copied and stays as it is.
+            kinds: The layers and BatchNorms that the plan was made with, beside those that folding knows.
 
         Returns:
             The folded model, of the same class.
@@ -93,14 +101,26 @@ class FoldingPlan:
         """
         from lit_bnfold.folding.rewrite import apply_plan
 
-        return apply_plan(self, model, inplace=inplace)
+        return apply_plan(self, model, inplace=inplace, kinds=kinds)
+
+    def keeping_all(self, code: str, reason: str, order: Iterable[str]) -> FoldingPlan:
+        """The plan that folds nothing, with one more reason for what this one would have folded.
+
+        Args:
+            code: Why that stays, for programs.
+            reason: Why that stays, in a sentence.
+            order: Names of all BatchNorms, in the order of the model.
+        """
+        kept = {fold.batchnorm: Kept(fold.batchnorm, reason, code) for fold in self.folds}
+        kept |= {each.batchnorm: each for each in self.kept}
+        return FoldingPlan(kept=tuple(kept[name] for name in order))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain dicts, lists, strings and numbers, fit for JSON.
 
         Example:
-            >>> FoldingPlan((Fold("bn", (Part("fc"),)),)).to_dict()["folds"]
-            [{'batchnorm': 'bn', 'parts': [{'layer': 'fc', 'channels': None, 'shift': 1.0}], 'direction': 'backward'}]
+            >>> FoldingPlan((Fold("bn", (Part("fc"),)),)).to_dict()["folds"]  # doctest: +ELLIPSIS
+            [{'batchnorm': 'bn', 'parts': [{...}], 'direction': 'backward', 'note': None}]
         """
         folds = [asdict(fold) | {"parts": [_part_to_dict(part) for part in fold.parts]} for fold in self.folds]
         return {"version": MANIFEST_VERSION, "folds": folds, "kept": [asdict(kept) for kept in self.kept]}
@@ -126,7 +146,11 @@ class FoldingPlan:
 
     def __str__(self) -> str:
         """The plan as a table for people."""
-        rows = [(fold.batchnorm, f"folded {fold.direction} into {', '.join(fold.layers)}") for fold in self.folds]
+        notes = {fold.batchnorm: f"; {fold.note}" for fold in self.folds if fold.note is not None}
+        rows = [
+            (fold.batchnorm, f"folded {fold.direction} into {', '.join(fold.layers)}{notes.get(fold.batchnorm, '')}")
+            for fold in self.folds
+        ]
         rows += [(kept.batchnorm, f"kept: {kept.reason}") for kept in self.kept]
         if not rows:
             return "no BatchNorm"
@@ -145,5 +169,7 @@ def _fold_from_dict(fold: dict[str, Any]) -> Fold:
     for part in fold["parts"]:
         channels = part["channels"]
         channels = None if channels is None else tuple(int(channel) for channel in channels)
-        parts.append(Part(str(part["layer"]), channels, float(part["shift"])))
-    return Fold(str(fold["batchnorm"]), tuple(parts), fold["direction"])
+        # Files of before there were notes and baked weights do not speak of them.
+        parts.append(Part(str(part["layer"]), channels, float(part["shift"]), bool(part.get("baked", False))))
+    note = fold.get("note")
+    return Fold(str(fold["batchnorm"]), tuple(parts), fold["direction"], None if note is None else str(note))

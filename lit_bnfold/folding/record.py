@@ -12,7 +12,7 @@ import gc
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
@@ -26,16 +26,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_bnfold.folding.census import (
-    Census,
-    LayerKind,
-    is_batchnorm,
-    is_frozen_batchnorm,
-    is_plain,
-    layer_kind,
-    own_tensors,
-)
+from lit_bnfold.folding.census import Census, is_plain
 from lit_bnfold.folding.graph import BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph
+from lit_bnfold.folding.kinds import KINDS, LAYER_KINDS, NORMALISING, BatchNormKind, Kinds, LayerKind, own_tensors
 
 # Through these, Python gets hold of numbers or of memory without an operation that a dispatch mode could see.
 _ESCAPES = {
@@ -57,8 +50,6 @@ _ESCAPES = {
 
 _Facts = TypeVar("_Facts", Layer, BatchNorm)
 
-_BATCHNORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-
 
 class Recorder:
     """Context manager that records what a model does while it is open; opened again, it records on.
@@ -68,7 +59,9 @@ class Recorder:
 
     Args:
         model: The model of interest. The caller runs it, in whatever way is the real one.
+        kinds: What counts as a layer and as a BatchNorm.
         lends_bias: Whether a layer without a bias, but with a forward of its own, gets one of zeros for the time being.
+        instead: By the name of a layer, what is to run instead of its function, made of that function.
 
     Raises:
         FoldingError: If a lazy module of the model has not met its first batch.
@@ -86,14 +79,31 @@ class Recorder:
         [('layer', '0'), ('batchnorm', '1')]
     """
 
-    def __init__(self, model: nn.Module, *, lends_bias: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        kinds: Kinds = KINDS,
+        *,
+        lends_bias: bool = True,
+        instead: Mapping[str, Callable[[Callable[..., Tensor]], Callable[..., Tensor]]] | None = None,
+    ) -> None:
         self.graph = ValueGraph()
         self._lends_bias = lends_bias
+        self._instead = instead or {}
         self._flattened: tuple[int, int] | None = None
-        self._census = Census(model)
+        self._census = Census(model, kinds)
         self._ledger = _Ledger(self.graph)
-        self._batchnorms = {module for module in self._census.names if is_batchnorm(module)}
-        self._frozen = {module for module in self._batchnorms if is_frozen_batchnorm(module)}
+        self._batchnorms = self._census.batchnorm_kinds
+        # Those that do not call `batch_norm` are one call each, whatever they do inside.
+        self._whole = {module: kind for module, kind in self._batchnorms.items() if not kind.calls_batch_norm}
+        self._seen_whole: nn.Module | None = None
+        self._computers = {
+            source: (module, key)
+            for module, computed in self._census.computed.items()
+            for key, source in computed.items()
+            if isinstance(source, nn.Module)
+        }
+        self._computed: dict[tuple[nn.Module, str], int] = {}  # the latest value of each tensor that is computed
         self._statistics = {tensor for module in self._batchnorms for tensor in own_tensors(module).values()}
         self._by_address: dict[int | None, list[Tensor]] = defaultdict(list)
         for tensor in self._census.tensors:
@@ -109,9 +119,8 @@ class Recorder:
         self._exit = ExitStack()
         for tensor, name in self._census.tensors.items():
             self._ledger.register(tensor, name)
-        for module, name in self._census.names.items():
-            if module in self._batchnorms:
-                self.graph.batchnorms[name] = self._census.batchnorm(module)
+        for module in self._batchnorms:
+            self.graph.batchnorms[self._census.names[module]] = self._census.batchnorm(module)
 
     def __enter__(self) -> Recorder:
         with ExitStack() as stack:
@@ -169,14 +178,18 @@ class Recorder:
 
     def _lend_bias(self, module: nn.Module, stack: ExitStack) -> None:
         """Give a layer without a bias one of zeros, to see whether a forward of its own would use that of a fold."""
-        kind = layer_kind(module)
-        own = self._census.owned[module]
-        if kind is None or not kind.has_bias or "weight" not in own or module._parameters.get("bias", own) is not None:
+        kind, own = self._census.layer_kinds.get(module), module._parameters
+        if kind in (None, NORMALISING) or not kind.has_bias or own.get("bias") is not None:
             return
-        if "forward" in vars(module) or type(module).forward is not kind.module.forward:
-            bias = nn.Parameter(own["weight"].new_zeros(getattr(module, kind.out_channels)), requires_grad=False)
-            module._parameters["bias"] = self._lent[module] = bias
-            stack.callback(module._parameters.update, {"bias": None})
+        is_torchs = (
+            kind in LAYER_KINDS and "forward" not in vars(module) and type(module).forward is kind.module.forward
+        )
+        like = next(module.parameters(), None)
+        if is_torchs or like is None:
+            return
+        stack.callback(own.update, {"bias": None}) if "bias" in own else stack.callback(own.pop, "bias")
+        bias = nn.Parameter(like.new_zeros(getattr(module, kind.out_channels)), requires_grad=False)
+        own["bias"] = self._lent[module] = bias
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
         # A model that copies one of its modules during the run copies the hooks on it too.
@@ -185,7 +198,7 @@ class Recorder:
     def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module not in self._census.names:
             return
-        if threading.get_ident() != self._thread or not self._is_seen():
+        if threading.get_ident() != self._thread or not (self.looking_away or self._is_seen()):
             self._note_blind_spot(module)
         if threading.get_ident() != self._thread:
             return
@@ -196,14 +209,18 @@ class Recorder:
             self.graph.forked.add(self._census.names[module])
         if module in self._census.hooked:
             self._show_to_hooks(module, args, kwargs)
-        self.looking_away = module in self._frozen
+        if module in self._whole and not self.looking_away:
+            self.looking_away, self._seen_whole = True, module
 
     def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if threading.get_ident() != self._thread or module not in self._census.names:
             return
-        if module in self._frozen:
-            self.looking_away = False
-            self._add_frozen_batchnorm(module, args, output)
+        if module is self._seen_whole:
+            self.looking_away, self._seen_whole = False, None
+            self._add_whole_batchnorm(module, self._whole[module], args, output)
+        if module in self._computers and isinstance(output, Tensor):
+            with self._look_away():
+                self._computed[self._computers[module]] = self._ledger.value(output).index
         self._stack.pop()
         if len(self._stack) == 1:
             with self._look_away():
@@ -239,8 +256,8 @@ class Recorder:
         if module is not None:
             if function is F.batch_norm and module in self._batchnorms:
                 return self._run_batchnorm(module, args, kwargs)
-            kind = layer_kind(module)
-            if kind is not None and function is kind.function:
+            kind = self._census.layer_kinds.get(module)
+            if kind is not None and function is kind.function and module not in self._batchnorms:
                 return self._run_layer(module, kind, args, kwargs)
             if function is F.batch_norm:
                 self._note_batch_norm_inside()
@@ -275,8 +292,8 @@ class Recorder:
             self._flattened = None
 
     def _run_batchnorm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        given = dict(zip(_BATCHNORM_ARGUMENTS, args, strict=False)) | kwargs
-        facts = self.graph.batchnorms[self._census.names[module]]
+        name = self._census.names[module]
+        given, facts = dict(zip(NORMALISING.arguments, args, strict=False)) | kwargs, self.graph.batchnorms[name]
         if given.get("training"):
             facts = _add_obstacle(facts, "batch-statistics", "it normalised by the batch, as in training")
             for key in ("running_mean", "running_var"):
@@ -284,30 +301,34 @@ class Recorder:
                     self._save_before_write(given[key])
         elif not self._are_own(module, given, ("running_mean", "running_var", "weight", "bias")):
             facts = _add_obstacle(facts, "computed-weight", "it was called with other tensors than its own")
-        self.graph.batchnorms[self._census.names[module]] = facts
-        name = self._census.names[module]
+        self.graph.batchnorms[name] = facts
+        with self._look_away():
+            as_layer = self.graph.layers.get(name) or self._census.layer(module)
+        self.graph.layers[name] = replace(as_layer, obstacle=facts.obstacle or as_layer.obstacle)
         return self._run_whole("batchnorm", "batch_norm", F.batch_norm, args, kwargs, owner=name)
 
-    def _add_frozen_batchnorm(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Enter what a frozen BatchNorm did as one call, if it is what a BatchNorm does."""
-        name, own = self._census.names[module], self._census.owned[module]
-        statistics = [own[key] for key in ("running_mean", "running_var", "weight", "bias")]
+    def _add_whole_batchnorm(self, module: nn.Module, kind: BatchNormKind, args: tuple[Any, ...], output: Any) -> None:
+        """Enter what a BatchNorm did by itself as one call, if it is what torch's own does."""
+        name = self._census.names[module]
+        facts = self.graph.batchnorms[name]
         with self._look_away():
-            is_usual = isinstance(output, Tensor) and len(args) == 1 and _is_close(module, statistics, args[0], output)
+            is_usual = facts.obstacle is not None or _is_usual(kind, module, args, output)
         if not is_usual:
-            facts = self.graph.batchnorms[name]
             self.graph.batchnorms[name] = _add_obstacle(facts, "own-forward", "it does something else than a BatchNorm")
-        self._add_call("batchnorm", "batch_norm", (*args, *statistics), output=output, owner=name)
+        self._add_call("batchnorm", "batch_norm", (*args, *own_tensors(module).values()), output=output, owner=name)
 
     def _run_layer(self, module: nn.Module, kind: LayerKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         name = self._census.names[module]
-        facts = self.graph.layers.get(name) or self._census.layer(module, kind)
+        with self._look_away():
+            facts = self.graph.layers.get(name) or self._census.layer(module)
         given = dict(zip(kind.arguments, args, strict=False)) | kwargs
         if module in self._lent and given.get("bias") is None:
             facts = _add_obstacle(facts, "own-forward", f"the forward of `{name}` would leave out the bias of a fold")
         elif not self._are_own(module, given, kind.arguments[1:]):
             facts = _add_obstacle(facts, "computed-weight", f"`{name}` was called with other tensors than its own")
+        computed = tuple(self._ledger.value(given[key]).index for key in facts.computed if given.get(key) is not None)
         output = self._run_whole("layer", kind.function.__name__, kind.function, args, kwargs, owner=name)
+        self.graph.calls[-1].computed = computed
         if output.shape[kind.channel_axis] != facts.out_channels:
             facts = _add_obstacle(facts, "unusual-weight", f"`{name}` has not as many outputs as its attributes say")
         self.graph.layers[name] = facts
@@ -318,7 +339,17 @@ class Recorder:
         own = self._census.owned[module]
         if module in self._lent:
             own = own | {"bias": self._lent[module]}
-        return all(given.get(key) is own.get(key) for key in keys)
+        computed = self._census.computed.get(module, {})
+        return all(
+            self._is_computed(module, key, given.get(key)) if key in computed else given.get(key) is own.get(key)
+            for key in keys
+        )
+
+    def _is_computed(self, module: nn.Module, key: str, given: Any) -> bool:
+        """Whether a tensor is what a parametrization or a hook of a module has just computed."""
+        if not isinstance(self._census.computed[module][key], nn.Module):
+            return given is vars(module).get(key)
+        return isinstance(given, Tensor) and self._ledger.value(given).index == self._computed.get((module, key))
 
     def _run_whole(
         self,
@@ -331,7 +362,8 @@ class Recorder:
     ) -> Tensor:
         """Run a function whose inside is of no interest, as one call."""
         with self._look_away():
-            output = function(*args, **kwargs)
+            move = self._instead.get(owner or "")
+            output = (function if move is None else move(function))(*args, **kwargs)
         self._add_call(kind, name, args, kwargs, output, owner=owner)
         return output
 
@@ -394,6 +426,7 @@ class Recorder:
                 args=() if kind == "opaque" else _with_refs(args, refs),
                 kwargs=_with_refs(kwargs or {}, refs),
                 inputs=tuple(value.index for _, value in read.values()),
+                draws=draws,
             )
             self.graph.calls.append(call)
             for _, value in read.values():
@@ -585,11 +618,24 @@ def _with_refs(tree: Any, refs: dict[int, Ref]) -> Any:
     return tree
 
 
-def _is_close(module: nn.Module, statistics: list[Tensor], input: Tensor, output: Tensor) -> bool:
-    mean, var, weight, bias = statistics
-    if input.dim() < 2 or input.shape[1] != len(mean) or input.dtype != output.dtype:
+def _is_usual(kind: BatchNormKind, module: nn.Module, args: tuple[Any, ...], output: Any) -> bool:
+    """Whether what a BatchNorm made of its input is what torch's own would have made."""
+    if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
         return False
-    expected = F.batch_norm(input, mean, var, weight, bias, training=False, eps=getattr(module, "eps", 0.0))
+    input, (mean, var, weight, bias, eps) = args[0], kind.numbers(module)
+    axis = kind.channel_axis if kind.channel_axis >= 0 else input.dim() + kind.channel_axis
+    if (
+        not 0 < axis < input.dim()
+        or input.shape[axis] != len(mean)
+        or (input.shape, input.dtype)
+        != (
+            output.shape,
+            output.dtype,
+        )
+    ):
+        return False
+    rows = input.movedim(axis, 1)  # (N, ..., C, ...) -> (N, C, ...)
+    expected = F.batch_norm(rows, mean, var, weight, bias, training=False, eps=eps).movedim(1, axis)
     tolerance = 1e-9 if output.dtype == torch.float64 else 1e-3 if output.dtype == torch.float32 else 5e-2
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     return torch.allclose(output, expected, rtol=0.0, atol=tolerance * scale)

@@ -7,7 +7,7 @@ model holds it. Each fold is whole before the next begins, so whatever happens t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -23,18 +23,20 @@ from lit_bnfold.folding.algebra import (
     fold_into_outputs,
     fold_into_rows,
     scale_and_shift,
+    shift_before_normalising,
 )
-from lit_bnfold.folding.census import Census, Rest, is_batchnorm, layer_kind, num_features, only_normalises
+from lit_bnfold.folding.census import Census
+from lit_bnfold.folding.computed import Undo, bake, computed_tensors
 from lit_bnfold.folding.graph import FoldingError
+from lit_bnfold.folding.kinds import KINDS, NORMALISING, Kinds, LayerKind, Rest
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
 from lit_bnfold.folding.record import tensors_in
 from lit_bnfold.folding.transparent import UNTOUCHED
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_Undo = Callable[[], None]
 
 
-def apply_plan(plan: FoldingPlan, model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def apply_plan(plan: FoldingPlan, model: nn.Module, *, inplace: bool = False, kinds: Kinds = KINDS) -> nn.Module:
     """Fold a model by a plan.
 
     Args:
@@ -42,6 +44,7 @@ def apply_plan(plan: FoldingPlan, model: nn.Module, *, inplace: bool = False) ->
         model: The model.
         inplace: Whether to fold ``model`` itself instead of a copy. Beside the model this needs memory for one layer at
             a time, in float64.
+        kinds: What counts as a layer and as a BatchNorm.
 
     Returns:
         The folded model.
@@ -49,15 +52,15 @@ def apply_plan(plan: FoldingPlan, model: nn.Module, *, inplace: bool = False) ->
     Raises:
         FoldingError: If the plan does not fit the model; then the model is as it was.
     """
-    _check_fit(plan, model)
-    _check_obstacles(plan, model)
+    _check_fit(plan, model, kinds)
+    _check_obstacles(plan, model, kinds)
     # Inside `torch.inference_mode()` the new parameters would be such as can never be trained again.
     with torch.inference_mode(False):
         if not inplace:
             model = copy_model(model, _numbers_to_be_replaced(plan, model))
         modules = dict(model.named_modules())
         for fold in plan.folds:
-            _fold(fold, modules)
+            _fold(fold, modules, kinds)
     return model
 
 
@@ -91,13 +94,13 @@ def folded_in_place(plan: FoldingPlan, model: nn.Module) -> Iterator[None]:
     Raises:
         FoldingError: If the plan does not fit the model; then the model is as it was.
     """
-    _check_fit(plan, model)
-    _check_obstacles(plan, model)
+    _check_fit(plan, model, KINDS)
+    _check_obstacles(plan, model, KINDS)
     modules = dict(model.named_modules())
-    undos: list[_Undo] = []
+    undos: list[Undo] = []
     try:
         for fold in plan.folds:
-            undos.extend(_fold(fold, modules))
+            undos.extend(_fold(fold, modules, KINDS))
         yield
     finally:
         _undo_all(undos)
@@ -113,30 +116,38 @@ def fold_structure(plan: FoldingPlan, model: nn.Module) -> None:
     Raises:
         FoldingError: If the plan does not fit the model; then the model is as it was.
     """
-    _check_fit(plan, model)
+    _check_fit(plan, model, KINDS)
     modules = dict(model.named_modules())
     for fold in plan.folds:
         for part in fold.parts:
-            layer: Any = modules[part.layer]
-            kind = layer_kind(layer)
+            layer, kind = modules[part.layer], KINDS.layer(modules[part.layer])
             assert kind is not None
-            if kind.has_bias and layer.bias is None:
-                _add_bias(layer, layer.weight.new_zeros(getattr(layer, kind.out_channels)))
-        _erase(modules[fold.batchnorm], fold.direction)
+            _make_ordinary(layer, kind)
+        erase(modules[fold.batchnorm], fold.direction, KINDS)
 
 
-def disguise(batchnorms: Collection[str], model: nn.Module) -> None:
-    """Make BatchNorms look as they will after a fold; each still computes what it did before.
+def _make_ordinary(layer: Any, kind: LayerKind) -> Undo:
+    """Give a layer the parameters that a fold puts its numbers into, without changing what it does."""
+    undo = bake(layer) if computed_tensors(layer) else _no_change
+    weight, bias = layer.weight, layer.bias if kind.has_bias else None
+    like = layer.running_mean if kind is NORMALISING and weight is None else weight
+    trainable = weight is not None and weight.requires_grad
+    added: dict[str, nn.Parameter | None] = {}
+    if weight is None:
+        added["weight"] = nn.Parameter(torch.ones_like(like), requires_grad=False)
+    if kind.has_bias and bias is None:
+        added["bias"] = nn.Parameter(like.new_zeros(getattr(layer, kind.out_channels)), requires_grad=trainable)
+    layer._parameters.update(added)
 
-    Args:
-        batchnorms: Their names.
-        model: The model, in eval mode; it is changed in place.
-    """
-    modules = dict(model.named_modules())
-    for name in batchnorms:
-        forward = copy.copy(modules[name]).eval().forward
-        _erase(modules[name], "backward")
-        modules[name].forward = forward
+    def remove() -> None:
+        layer._parameters.update(dict.fromkeys(added))
+        undo()
+
+    return remove
+
+
+def _no_change() -> None:
+    """The way back to what did not change."""
 
 
 def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
@@ -162,34 +173,34 @@ def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
     return copied
 
 
-def _check_obstacles(plan: FoldingPlan, model: nn.Module) -> None:
-    modules, census = dict(model.named_modules()), Census(model)
+def _check_obstacles(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
+    modules, census = dict(model.named_modules()), Census(model, kinds)
     for fold in plan.folds:
         obstacle = census.batchnorm(modules[fold.batchnorm]).obstacle
         for part in fold.parts:
-            layer = modules[part.layer]
-            kind = layer_kind(layer)
-            assert kind is not None
-            obstacle = obstacle or census.layer(layer, kind).obstacle
+            layer = census.layer(modules[part.layer])
+            if layer.computed and not part.baked:
+                obstacle = obstacle or ("computed-weight", f"`{part.layer}` computes its weight at every call")
+            obstacle = obstacle or layer.obstacle
         if obstacle is not None:
             raise FoldingError(f"The plan folds `{fold.batchnorm}`, which has to stay in this model: {obstacle[1]}.")
 
 
-def _check_fit(plan: FoldingPlan, model: nn.Module) -> None:
+def _check_fit(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
     modules = dict(model.named_modules())
     for fold in plan.folds:
         batchnorm = modules.get(fold.batchnorm)
-        if batchnorm is None or not is_batchnorm(batchnorm):
+        if batchnorm is None or kinds.batchnorm(batchnorm) is None:
             found = "nothing" if batchnorm is None else type(batchnorm).__name__
             raise FoldingError(f"The plan folds the BatchNorm `{fold.batchnorm}`; the model has {found} of that name.")
         for part in fold.parts:
             layer = modules.get(part.layer)
-            kind = layer_kind(layer)
+            kind = kinds.layer(layer)
             if layer is None or kind is None:
                 found = "nothing" if layer is None else type(layer).__name__
                 raise FoldingError(f"The plan folds into the layer `{part.layer}`; the model has {found} of that name.")
             side = kind.in_channels if fold.direction == "forward" else kind.out_channels
-            found, features = getattr(layer, side), num_features(batchnorm)
+            found, features = getattr(layer, side), kinds.num_features(batchnorm)
             wanted = features if part.channels is None else len(part.channels)
             if wanted != found:
                 raise FoldingError(f"The plan wants {wanted} {side} of `{part.layer}`, which has {found}.")
@@ -198,50 +209,54 @@ def _check_fit(plan: FoldingPlan, model: nn.Module) -> None:
                 raise FoldingError(f"The plan names channels that `{fold.batchnorm}` with {features} has not.")
 
 
-def _fold(fold: Fold, modules: dict[str, Any]) -> list[_Undo]:
+def _fold(fold: Fold, modules: dict[str, Any], kinds: Kinds) -> list[Undo]:
     """Fold one BatchNorm, and tell how to undo it."""
     batchnorm = modules[fold.batchnorm]
+    kind = kinds.batchnorm(batchnorm)
+    assert kind is not None
+    undos: list[Undo] = []
     with torch.no_grad():
-        scale, shift = scale_and_shift(
-            batchnorm.running_mean,
-            batchnorm.running_var,
-            batchnorm.weight,
-            batchnorm.bias,
-            getattr(batchnorm, "eps", 0.0),
-        )
-        undos: list[_Undo] = []
+        scale, shift = scale_and_shift(*kind.numbers(batchnorm))
         try:
             for part in fold.parts:
-                _fold_part(fold.direction, part, modules[part.layer], scale, shift, undos)
-            undos.append(_erase(batchnorm, fold.direction))
+                layer = modules[part.layer]
+                layer_kind = kinds.layer(layer)
+                assert layer_kind is not None
+                undos.append(_make_ordinary(layer, layer_kind))
+                numbers = _folded_numbers(fold.direction, part, layer, layer_kind, scale, shift)
+                undos.extend(_set_data(layer._parameters[key], new) for key, new in numbers.items())
+            undos.append(erase(batchnorm, fold.direction, kinds))
         except BaseException:
             _undo_all(undos)
             raise
     return undos
 
 
-def _undo_all(undos: list[_Undo]) -> None:
+def _undo_all(undos: list[Undo]) -> None:
     for undo in reversed(undos):
         undo()
 
 
-def _fold_part(direction: str, part: Part, layer: Any, scale: Tensor, shift: Tensor, undos: list[_Undo]) -> None:
-    kind, groups = layer_kind(layer), getattr(layer, "groups", 1)
-    assert kind is not None
-    scale, shift = _by_channel(part, scale.to(layer.weight.device), shift.to(layer.weight.device))
+def _folded_numbers(
+    direction: str, part: Part, layer: Any, kind: LayerKind, scale: Tensor, shift: Tensor
+) -> dict[str, Tensor]:
+    """The new numbers of a layer, by attribute."""
+    weight, groups = layer.weight, getattr(layer, "groups", 1)
+    scale, shift = _by_channel(part, scale.to(weight.device), shift.to(weight.device))
     if not kind.has_bias:
-        undos.append(_set_data(layer.weight, fold_into_rows(layer.weight, scale, shift)))
-        return
+        return {"weight": fold_into_rows(weight, scale, shift)}
+    if kind is NORMALISING:
+        # Behind its normalisation, a BatchNorm is a layer with one input for each output.
+        weight, groups = weight.unsqueeze(1), len(weight)  # (C,) -> (C, 1)
+        if direction == "forward":
+            shift = shift_before_normalising(scale, shift, layer.running_mean, layer.running_var, layer.eps)
     if direction == "backward":
-        weight, bias = fold_into_outputs(
-            layer.weight, layer.bias, scale, shift, transposed=kind.transposed, groups=groups
-        )
+        weight, bias = fold_into_outputs(weight, layer.bias, scale, shift, transposed=kind.transposed, groups=groups)
     elif direction == "forward":
-        weight, bias = fold_into_inputs(layer.weight, layer.bias, scale, shift, groups=groups)
+        weight, bias = fold_into_inputs(weight, layer.bias, scale, shift, groups=groups)
     else:
-        weight, bias = add_identity(layer.weight, layer.bias, scale, shift)
-    undos.append(_set_data(layer.weight, weight))
-    undos.append(_add_bias(layer, bias) if layer.bias is None else _set_data(layer.bias, bias))
+        weight, bias = add_identity(weight, layer.bias, scale, shift)
+    return {"weight": weight.view(layer.weight.shape), "bias": bias}
 
 
 def _by_channel(part: Part, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,21 +268,12 @@ def _by_channel(part: Part, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tenso
     return scale[channels].masked_fill(untouched, 1.0), shift[channels].masked_fill(untouched, 0.0)
 
 
-def _set_data(parameter: nn.Parameter, numbers: Tensor) -> _Undo:
+def _set_data(parameter: Any, numbers: Tensor) -> Undo:
     before = parameter.data
     parameter.data = numbers
 
     def undo() -> None:
         parameter.data = before
-
-    return undo
-
-
-def _add_bias(layer: Any, bias: Tensor) -> _Undo:
-    layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
-
-    def undo() -> None:
-        layer.bias = None
 
     return undo
 
@@ -309,11 +315,20 @@ class Zero(nn.Module):
         return input.new_zeros(())
 
 
-def _erase(batchnorm: nn.Module, direction: str) -> _Undo:
-    """Take a BatchNorm's normalisation away where it stands, so that no second reference to it still normalises."""
+def erase(batchnorm: nn.Module, direction: str, kinds: Kinds = KINDS) -> Undo:
+    """Take a BatchNorm's normalisation away where it stands, so that no second reference to it still normalises.
+
+    Args:
+        batchnorm: The BatchNorm; it is changed in place.
+        direction: Where it is folded to: what was folded ``parallel`` leaves a zero, all others leave their input.
+        kinds: What counts as a BatchNorm.
+
+    Returns:
+        A function that makes it a BatchNorm again.
+    """
     kind: Any = type(batchnorm)
     parameters, buffers = batchnorm._parameters, batchnorm._buffers
-    if only_normalises(batchnorm):
+    if kinds.only_normalises(batchnorm):
         batchnorm.__class__ = Zero if direction == "parallel" else nn.Identity
         batchnorm._parameters, batchnorm._buffers = {}, {}
     else:

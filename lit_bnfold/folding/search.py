@@ -8,13 +8,18 @@ anybody else can see? The walk finds the layers, and everything met on the way i
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from lit_bnfold.folding.graph import Call, Layer, Obstacle, Value, ValueGraph
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
 from lit_bnfold.folding.transparent import RULES, Channels, NotTransparent
 
 # A BatchNorm beside another one that stays: once that one is folded, this one may be as well.
+# Three digits.
+_MOST_GAIN = 1e3
+
 _NEIGHBOURS = ("behind-batchnorm", "before-batchnorm")
 
 
@@ -29,21 +34,48 @@ def make_plan(graph: ValueGraph) -> FoldingPlan:
     """
     folded: dict[str, Fold] = {}
     stays: dict[str, list[Obstacle]] = {}
+    takers: set[str] = set()  # BatchNorms that stay and have taken another one
     pending = _in_order_of_the_run(graph)
     while pending:
         before = len(folded)
         for name in pending:
-            fold, stays[name] = _search(graph, name, folded)
+            fold, stays[name] = _search(graph, name, folded, frozenset())
             if fold is not None:
                 folded[name] = fold
+        if len(folded) == before:
+            # What stays now is a layer itself, to its neighbours.
+            _fold_into_each_other(graph, folded, stays, takers)
         has_moved = len(folded) > before
-        pending = [
-            name
-            for name in pending
-            if has_moved and name not in folded and any(code in _NEIGHBOURS for code, _ in stays[name])
-        ]
+        pending = [name for name in stays if has_moved and name not in takers and _may_move(name, folded, stays)]
+    for name in takers:
+        # What is said of it may speak of a neighbour that it has taken since.
+        _, obstacles = _search(graph, name, folded, frozenset())
+        stays[name] = obstacles or stays[name]
     kept = (Kept(name, *_reason(stays[name])) for name in graph.batchnorms if name not in folded)
     return FoldingPlan(tuple(folded.values()), tuple(kept))
+
+
+def _may_move(name: str, folded: dict[str, Fold], stays: dict[str, list[Obstacle]]) -> bool:
+    """Whether a BatchNorm stays for no other reason than that one beside it does."""
+    return name not in folded and any(code in _NEIGHBOURS for code, _ in stays[name])
+
+
+def _can_take(graph: ValueGraph, batchnorm: str) -> bool:
+    return batchnorm in graph.layers and graph.layers[batchnorm].obstacle is None
+
+
+def _fold_into_each_other(
+    graph: ValueGraph, folded: dict[str, Fold], stays: dict[str, list[Obstacle]], takers: set[str]
+) -> None:
+    for name in [name for name in stays if _may_move(name, folded, stays)]:
+        if name not in takers:
+            others = frozenset(other for other in stays if other not in {name, *folded} and _can_take(graph, other))
+            fold, obstacles = _search(graph, name, folded, others)
+            if fold is None:
+                stays[name] = obstacles
+            else:
+                folded[name] = fold
+                takers.update(others.intersection(fold.layers))
 
 
 def _in_order_of_the_run(graph: ValueGraph) -> list[str]:
@@ -51,12 +83,14 @@ def _in_order_of_the_run(graph: ValueGraph) -> list[str]:
     return called + [name for name in graph.batchnorms if name not in graph.calls_of]
 
 
-def _search(graph: ValueGraph, name: str, folded: dict[str, Fold]) -> tuple[Fold | None, list[Obstacle]]:
+def _search(
+    graph: ValueGraph, name: str, folded: dict[str, Fold], others: frozenset[str]
+) -> tuple[Fold | None, list[Obstacle]]:
     """The first fold that is possible, or the obstacles to each."""
     obstacles = []
     for search in (_Backward, _Forward, _Parallel):
         try:
-            return search(graph, name, folded).fold(), []
+            return search(graph, name, folded, others).fold(), []
         except _StaysError as stay:
             obstacles.append(stay.obstacle)
     return None, obstacles
@@ -66,6 +100,16 @@ def _reason(obstacles: list[Obstacle]) -> tuple[str, str]:
     """The sentence and the code for a BatchNorm that stays."""
     (code, backward), (_, forward), *_ = obstacles
     return backward if forward == backward else f"{backward}; and {forward}", code
+
+
+def _note(gain: float) -> str | None:
+    """A warning for a fold behind which rounding errors come out more than a thousand times larger."""
+    if gain <= _MOST_GAIN:
+        return None
+    return (
+        f"behind it, a rounding error of its layer is up to {gain:.1e} times larger, so that float32 loses "
+        f"{math.log10(gain):.0f} of its 7 digits: its variance is very small or its weight very large"
+    )
 
 
 class _StaysError(Exception):
@@ -83,14 +127,16 @@ class _Search:
         graph: What the run did.
         name: Name of the BatchNorm.
         folded: The BatchNorms that are folded already.
+        others: BatchNorms that stay, and count as layers.
     """
 
     direction: str
 
-    def __init__(self, graph: ValueGraph, name: str, folded: dict[str, Fold]) -> None:
+    def __init__(self, graph: ValueGraph, name: str, folded: dict[str, Fold], others: frozenset[str]) -> None:
         self.graph = graph
         self.name = name
         self.folded = folded
+        self.others = others
         self.calls = graph.calls_of.get(name, [])
         self.maps: dict[int, Channels] = {}
         self.layers: dict[str, None] = {}
@@ -109,7 +155,7 @@ class _Search:
         parts = tuple(self._part(layer) for layer in in_order)
         self._check_erasure()
         self._check_other_paths()
-        return Fold(self.name, parts, self.direction)
+        return Fold(self.name, parts, self.direction, _note(self.graph.batchnorms[self.name].gain))
 
     def _walk(self) -> None:
         raise NotImplementedError
@@ -124,15 +170,33 @@ class _Search:
         if not self.calls:
             raise _StaysError("not-reached", "the run did not reach it")
         for tensor in facts.parameters:
-            self._check_readers(tensor, "batchnorm")
+            value = self.graph.named_values[tensor]
+            self._check_readers(value, [call for call in self.graph.users(value) if call.kind == "batchnorm"])
 
-    def _check_readers(self, tensor: str, kind: str, owner: str | None = None) -> None:
-        """A parameter that would change or go may be read by its own module alone."""
-        value = self.graph.named_values[tensor]
-        for call in self.graph.users(value):
-            if call.kind != kind or (owner is not None and call.owner != owner):
-                raise _StaysError("parameter-read", f"`{tensor}` is also read by {self.graph.where(call)}")
-        self._check_memory(value, f"`{tensor}`")
+    def _check_readers(self, parameter: Value, readers: Iterable[Call]) -> None:
+        """A parameter that would change or go may be read by certain calls alone."""
+        known = {call.index for call in readers}
+        for call in self.graph.users(parameter):
+            if call.index not in known:
+                raise _StaysError(
+                    "parameter-read", f"{self._named(parameter)} is also read by {self.graph.where(call)}"
+                )
+        self._check_memory(parameter, self._named(parameter))
+
+    def _check_computed(self, name: str, layer: Layer) -> None:
+        """What a layer computes at every call must come from its own parameters alone, and go into its calls alone."""
+        calls = self.graph.calls_of[name]
+        values, makers = self.graph.origins(value for call in calls for value in call.computed)
+        originals = {self.graph.named_values[tensor].index for tensor in layer.originals}
+        readers = [*calls, *(self.graph.calls[index] for index in makers)]
+        for maker in readers[len(calls) :]:
+            if maker.kind != "operation" or maker.draws:
+                raise _StaysError("computed-weight", f"the weight of `{name}` is computed by {self.graph.where(maker)}")
+        for value in (self.graph.values[index] for index in values):
+            if value.maker is None and value.index not in originals and not value.constant:
+                raise _StaysError("computed-weight", f"the weight of `{name}` is computed from {self._named(value)}")
+            if not (value.maker is None and value.constant):
+                self._check_readers(value, readers)
 
     def _check_memory(self, value: Value, named: str) -> None:
         if value.storage in self.graph.writers:
@@ -152,19 +216,26 @@ class _Search:
         fold = self.folded.get(call.owner or "") if call.kind == "batchnorm" else None
         return fold is not None and fold.direction != "parallel"
 
+    def _is_layer(self, call: Call) -> bool:
+        """Whether a call is that of a layer, or of a BatchNorm that counts as one."""
+        return call.kind == "layer" or (call.kind == "batchnorm" and call.owner in self.others)
+
     def _start(self, value: Value) -> Channels:
-        return Channels.along(1, self.graph.batchnorms[self.name].num_features, len(value.shape))
+        facts = self.graph.batchnorms[self.name]
+        return Channels.along(facts.channel_axis, facts.num_features, len(value.shape))
 
     def _part(self, name: str) -> Part:
         layer = self.graph.layers[name]
         if layer.obstacle is not None:
             raise _StaysError(*layer.obstacle)
         for tensor in layer.parameters:
-            self._check_readers(tensor, "layer", name)
+            self._check_readers(self.graph.named_values[tensor], self.graph.calls_of[name])
+        if layer.computed:
+            self._check_computed(name, layer)
         parts = {self._part_of_call(name, layer, call) for call in self.graph.calls_of[name]}
         if len(parts) > 1:
             raise _StaysError("two-maps", f"`{name}` is called several times and asked for different maps")
-        return parts.pop()
+        return replace(parts.pop(), baked=bool(layer.computed))
 
     def _part_along(self, name: str, channels: Channels | None, axis: int, size: int) -> Part:
         if channels is None:
@@ -270,7 +341,7 @@ class _Backward(_Search):
         call, channels = self.graph.maker(value), self.maps[value.index]
         if call is None:
             raise _StaysError("no-layer", f"it normalises {self._named(value)}, which no layer made")
-        if call.kind == "layer":
+        if self._is_layer(call):
             assert call.owner is not None
             self.layers[call.owner] = None
             return []
@@ -344,7 +415,7 @@ class _Forward(_Search):
     def _passed_by(self, call: Call) -> list[Channels]:
         maps = {index: self.maps[index] for index in call.inputs if index in self.maps}
         first = self.graph.values[next(iter(maps))]
-        if call.kind == "layer" and set(maps) == {call.inputs[0]}:
+        if self._is_layer(call) and set(maps) == {call.inputs[0]}:
             assert call.owner is not None
             self.layers[call.owner] = None
             return []
@@ -413,15 +484,15 @@ class _Parallel(_Search):
         return None
 
     def _is_fit(self, call: Call) -> bool:
-        layer = self.graph.layers[call.owner or ""]
+        layer, batchnorm = self.graph.layers[call.owner or ""], self.graph.batchnorms[self.name]
         before, after = self.graph.values[call.inputs[0]], self.graph.values[call.outputs[0]]
-        channels = self.graph.batchnorms[self.name].num_features
+        rank = len(before.shape)
         return (
             call.inputs[0] == self.calls[0].inputs[0]
             and len(self.graph.calls_of[call.owner or ""]) == 1
             and before.shape == after.shape
-            and len(before.shape) + layer.channel_axis == 1
-            and layer.in_channels == layer.out_channels == channels
+            and (layer.channel_axis - batchnorm.channel_axis) % rank == 0
+            and layer.in_channels == layer.out_channels == batchnorm.num_features
             and layer.has_centre_tap(call)
         )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_bnfold.folding import FoldingPlan, plan_folding
-from lit_bnfold.folding.census import LAYER_KINDS
+from lit_bnfold.folding.kinds import LAYER_KINDS
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 CONVOLUTIONS = [kind.module for kind in LAYER_KINDS if "Conv" in kind.module.__name__]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_bnfold.folding import Fold, FoldingError, FoldingPlan, Kept, Part, fold_batchnorm, plan_folding
+from lit_bnfold.folding import Fold, FoldingError, FoldingPlan, Kept, Part, plan_folding
 
 Judge = Callable[..., FoldingPlan]
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -198,22 +198,6 @@ def test_weight_used_by_another_layer_s_function_keeps_the_batchnorm(judge: Judg
     judge(model, X, kept={"bn": "parameter-read"})
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
-def test_weight_norm_of_either_form_keeps_the_batchnorm(judge: Judge) -> None:
-    parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
-    judge(nn.Sequential(parametrised, nn.BatchNorm1d(4)), X, kept={"1": "computed-weight"})
-    hooked = nn.utils.weight_norm(nn.Linear(3, 4).double())
-    model = nn.Sequential(hooked, nn.BatchNorm1d(4)).double().eval()
-    assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["other-reader"]
-    # The weight that the old form leaves on the layer has a gradient history, which `deepcopy` refuses to copy.
-    torch.testing.assert_close(fold_batchnorm(model, (X,))(X), model(X), rtol=0, atol=1e-12)
-
-
-def test_spectral_norm_keeps_the_batchnorm(judge: Judge) -> None:
-    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4).double())
-    judge(nn.Sequential(layer, nn.BatchNorm1d(4)), X, kept={"1": "computed-weight"})
-
-
 # What folds.
 
 
@@ -227,11 +211,6 @@ def test_batchnorm_behind_batchnorm_is_folded_too(judge: Judge) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
     plan = judge(model, X, folds={"1": ["0"], "2": ["0"], "3": ["0"]})
     assert [fold.batchnorm for fold in plan.folds] == ["1", "2", "3"]
-
-
-def test_batchnorm_behind_one_that_stays_is_kept(judge: Judge) -> None:
-    model = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
-    judge(model, X, kept={"1": "no-layer", "2": "behind-batchnorm"})
 
 
 def test_batchnorm_called_twice_in_a_row_is_kept(judge: Judge, net: Any) -> None:
@@ -370,7 +349,7 @@ def test_plan_prints_as_a_table(net: Any) -> None:
 
 
 def test_kept_are_in_the_order_of_named_modules(net: Any) -> None:
-    model = net(lambda m, x: m.b(m.a(x.relu())), b=nn.BatchNorm1d(3), a=nn.BatchNorm1d(3), c=nn.BatchNorm1d(3))
+    model = net(lambda m, x: m.b(m.a(x.relu()).tanh()), b=nn.BatchNorm1d(3), a=nn.BatchNorm1d(3), c=nn.BatchNorm1d(3))
     assert [kept.batchnorm for kept in plan_folding(model, (X.float(),)).kept] == ["b", "a", "c"]
 
 
@@ -392,3 +371,101 @@ def test_model_without_batchnorms_has_an_empty_plan(judge: Judge) -> None:
 
 def test_bare_batchnorm_is_kept(judge: Judge) -> None:
     judge(nn.BatchNorm1d(3), X, kept={"": "no-layer"})
+
+
+# A BatchNorm that stays is a layer to its neighbours.
+
+
+def test_batchnorm_before_one_that_stays_goes_into_it(judge: Judge) -> None:
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.Tanh())
+    plan = judge(model, X, folds={"1": ["2"]}, kept={"2": "no-layer"})
+    assert plan.folds[0].direction == "forward"
+
+
+@pytest.mark.parametrize("affine", [(True, False), (False, True), (False, False)])
+def test_batchnorm_without_weight_takes_another_one(judge: Judge, affine: tuple[bool, bool]) -> None:
+    first, second = (nn.BatchNorm1d(3, affine=each) for each in affine)
+    model = nn.Sequential(nn.ReLU(), first, second, nn.Tanh())
+    judge(model, X, folds={"1": ["2"]}, kept={"2": "no-layer"})
+    assert model[2].weight.requires_grad == affine[1]
+    assert model[2].weight.shape == model[2].bias.shape == (3,)
+
+
+def test_three_batchnorms_in_a_row_become_one(judge: Judge) -> None:
+    norms = [nn.BatchNorm1d(3) for _ in range(3)]
+    judge(nn.Sequential(nn.ReLU(), *norms, nn.Tanh()), X, folds={"1": ["2"], "3": ["2"]}, kept={"2": "no-layer"})
+
+
+def test_batchnorm_behind_a_sum_goes_into_a_layer_and_a_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(
+        lambda m, x: m.last(m.fc(x) + m.norm(x.relu())).tanh(),
+        fc=nn.Linear(3, 3),
+        norm=nn.BatchNorm1d(3),
+        last=nn.BatchNorm1d(3),
+    )
+    judge(model, X, folds={"last": ["fc", "norm"]}, kept={"norm": "no-layer"})
+
+
+def test_batchnorms_before_a_concatenation_take_a_slice_of_the_one_behind_it(judge: Judge, net: Any) -> None:
+    model = net(
+        lambda m, x: m.last(torch.cat([m.a(x.relu()), x, m.b(x.tanh())], 1)).tanh(),
+        a=nn.BatchNorm1d(3),
+        b=nn.BatchNorm1d(3),
+        last=nn.BatchNorm1d(9),
+    )
+    judge(model, X, folds={"a": ["last"], "b": ["last"]}, kept={"last": "no-layer"})
+
+
+def test_channels_before_flattened_features_go_into_them(judge: Judge) -> None:
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(2), nn.Flatten(), nn.BatchNorm1d(18), nn.Tanh())
+    judge(model, torch.randn(5, 2, 3, 3, dtype=torch.float64), folds={"1": ["3"]}, kept={"3": "no-layer"})
+
+
+@pytest.mark.parametrize("hinder", ["hook", "share", "read", "train", "twice"])
+def test_batchnorm_that_cannot_change_takes_no_other(hinder: str, judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if hinder == "train":
+            m.second.train()
+        h = m.second(m.first(x.relu())).tanh()
+        if hinder == "twice":
+            h = h + m.second(x)
+        return m.third(h) * m.second.weight.sum() if hinder == "read" else m.third(h)
+
+    model = net(forward, first=nn.BatchNorm1d(3), second=nn.BatchNorm1d(3), third=nn.BatchNorm1d(3))
+    if hinder == "hook":
+        model.second.register_forward_hook(lambda *_: None)
+    if hinder == "share":
+        model.third.weight = model.second.weight
+    codes = {
+        "hook": {"first": "no-layer", "second": "hook", "third": "no-layer"},
+        "share": {"first": "no-layer", "third": "no-layer"},
+        "read": {"first": "no-layer", "second": "parameter-read", "third": "no-layer"},
+        "train": {"first": "no-layer", "second": "batch-statistics", "third": "no-layer"},
+        "twice": {"first": "no-layer", "second": "other-reader", "third": "no-layer"},
+    }
+    others = [(X[:3],)] if hinder == "train" else None
+    # The other way round is possible where it is not the second one that changes.
+    judge(model, X, folds={"second": ["first"]} if hinder == "share" else {}, kept=codes[hinder], others=others)
+
+
+# Notes.
+
+
+@pytest.mark.parametrize(
+    ("var", "weight", "mean", "noted"),
+    [
+        (1.0, 1.0, 0.5, False),
+        (1e-9, 1.0, 0.0, True),
+        (1.0, 5e3, 0.0, True),
+        (1.0, 1.0, 5e3, True),
+        (0.0, 0.0, 0.0, False),
+    ],
+)
+def test_fold_that_costs_digits_says_so(var: float, weight: float, mean: float, noted: bool) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, eps=1e-12)).double().eval()
+    with torch.no_grad():
+        model[1].running_var[1], model[1].weight[1], model[1].running_mean[1] = var, weight, mean
+    plan = plan_folding(model, (X,))
+    assert ("digits" in str(plan)) == noted
+    assert (plan.folds[0].note is not None) == noted
+    assert FoldingPlan.from_dict(plan.to_dict()) == plan

@@ -1,0 +1,229 @@
+"""The layers and the BatchNorms that folding knows, and the table with which a project adds its own for one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_STATISTICS = {"weight", "bias", "running_mean", "running_var"}
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """A kind of weight layer that a BatchNorm can be folded into.
+
+    Its ``weight`` begins with the output channels, followed by the input channels (divided by ``groups``, if the module
+    has that attribute) and the kernel; or with the input channels, if it is ``transposed``.
+
+    Attributes:
+        module: The class of its modules.
+        function: What its forward calls with the module's own weight and bias, with the arguments ``arguments``.
+        channel_axis: Axis of its input and its output that the channels lie on; counted from the end if negative.
+        in_channels: Name of the attribute with the number of input channels.
+        out_channels: Name of the attribute with the number of output channels.
+        transposed: Whether its weight begins with the input channels.
+        arguments: Names of the first arguments of ``function``.
+
+    Raises:
+        ValueError: If ``function`` takes no bias, which a fold needs, and does not look up rows as an Embedding does.
+
+    Example:
+        >>> class Projection(nn.Module):
+        ...     def __init__(self, size):
+        ...         super().__init__()
+        ...         self.size, self.weight = size, nn.Parameter(torch.randn(size, size))
+        ...         self.register_parameter("bias", None)
+        ...
+        ...     def forward(self, x):
+        ...         return F.linear(x, self.weight, self.bias)
+        >>> kind = LayerKind(Projection, F.linear, channel_axis=-1, in_channels="size", out_channels="size")
+    """
+
+    module: type[nn.Module]
+    function: Callable[..., Tensor]
+    channel_axis: int
+    in_channels: str = "in_channels"
+    out_channels: str = "out_channels"
+    transposed: bool = False
+    arguments: tuple[str, ...] = ("input", "weight", "bias")
+
+    def __post_init__(self) -> None:
+        if not self.has_bias and self.function is not F.embedding:
+            raise ValueError(f"arguments: expected a 'bias' among those of {self.function}, got {self.arguments}.")
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a module of this kind can have a bias; an Embedding adds one to its rows instead."""
+        return "bias" in self.arguments
+
+
+class Normalisation(NamedTuple):
+    """The numbers of a BatchNorm: mean, variance, weight and bias, (C,) each, and eps."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Normalisation:
+        """The same with a function of every tensor in its place."""
+        weight, bias = (None if tensor is None else function(tensor) for tensor in (self.weight, self.bias))
+        return Normalisation(function(self.mean), function(self.var), weight, bias, self.eps)
+
+
+@dataclass(frozen=True)
+class BatchNormKind:
+    """A kind of module that does in eval mode what a BatchNorm does, by whatever operations.
+
+    What such a module makes of the example is compared with torch's own ``batch_norm`` when it is recorded; if it does
+    something else it stays.
+
+    Attributes:
+        module: The class of its modules.
+        running_mean: Name of the attribute with the mean of each channel, (C,).
+        running_var: Name of the attribute with the variance of each channel, (C,).
+        weight: Name of the attribute with the factor of each channel, (C,); it may be missing or None.
+        bias: Name of the attribute with the offset of each channel, (C,); it may be missing or None.
+        eps: Name of the attribute with what is added to the variance; where it is missing, nothing is.
+        channel_axis: Axis of its input that the channels lie on; counted from the end if negative.
+
+    Example:
+        >>> class Standardise(nn.Module):
+        ...     def __init__(self, size):
+        ...         super().__init__()
+        ...         self.register_buffer("mean", torch.randn(size))
+        ...         self.register_buffer("variance", torch.rand(size))
+        ...
+        ...     def forward(self, x):
+        ...         return (x - self.mean) / self.variance.sqrt()
+        >>> kind = BatchNormKind(Standardise, running_mean="mean", running_var="variance", channel_axis=-1)
+    """
+
+    module: type[nn.Module]
+    running_mean: str = "running_mean"
+    running_var: str = "running_var"
+    weight: str = "weight"
+    bias: str = "bias"
+    eps: str = "eps"
+    channel_axis: int = 1
+
+    @property
+    def calls_batch_norm(self) -> bool:
+        """Whether it normalises by torch's ``batch_norm``, and may do more besides, as torch's own modules do."""
+        return issubclass(self.module, _BatchNorm)
+
+    def statistics(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and variance of each channel of a module, (C,); None where it keeps none."""
+        return getattr(module, self.running_mean, None), getattr(module, self.running_var, None)
+
+    def numbers(self, module: nn.Module) -> Normalisation:
+        """All numbers of a module that keeps statistics."""
+        mean, var = self.statistics(module)
+        assert mean is not None
+        assert var is not None
+        weight, bias = getattr(module, self.weight, None), getattr(module, self.bias, None)
+        return Normalisation(mean, var, weight, bias, getattr(module, self.eps, 0.0))
+
+
+LAYER_KINDS = (
+    LayerKind(nn.Linear, F.linear, -1, "in_features", "out_features"),
+    LayerKind(nn.Conv1d, F.conv1d, -2),
+    LayerKind(nn.Conv2d, F.conv2d, -3),
+    LayerKind(nn.Conv3d, F.conv3d, -4),
+    LayerKind(nn.ConvTranspose1d, F.conv_transpose1d, -2, transposed=True),
+    LayerKind(nn.ConvTranspose2d, F.conv_transpose2d, -3, transposed=True),
+    LayerKind(nn.ConvTranspose3d, F.conv_transpose3d, -4, transposed=True),
+    LayerKind(
+        nn.Embedding, F.embedding, -1, "num_embeddings", "embedding_dim", transposed=True, arguments=("input", "weight")
+    ),
+)
+
+NORMALISING = LayerKind(
+    _BatchNorm,
+    F.batch_norm,
+    1,
+    "num_features",
+    "num_features",
+    arguments=("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+)
+"""A BatchNorm that stays is a layer itself: its weight and its bias can take another BatchNorm."""
+
+_TORCHS = BatchNormKind(_BatchNorm)
+_FROZEN = BatchNormKind(nn.Module)
+
+
+class Rest:
+    """What is left of a BatchNorm whose forward does more than normalise: its class is a subclass of both."""
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """What a project adds to the layers and BatchNorms that folding knows, for one call.
+
+    Attributes:
+        layers: Further kinds of layers.
+        batchnorms: Further kinds of BatchNorms.
+    """
+
+    layers: tuple[LayerKind, ...] = ()
+    batchnorms: tuple[BatchNormKind, ...] = ()
+
+    def layer(self, module: nn.Module | None) -> LayerKind | None:
+        """The kind of weight layer that a module is; None if it is none."""
+        kinds = (*self.layers, *LAYER_KINDS, NORMALISING)
+        if self.batchnorm(module) not in (None, _TORCHS) or isinstance(module, Rest):
+            return None
+        return next((kind for kind in kinds if isinstance(module, kind.module)), None)
+
+    def batchnorm(self, module: nn.Module | None) -> BatchNormKind | None:
+        """The kind of BatchNorm that a module is, foldable or not; None if it is none."""
+        if module is None or isinstance(module, Rest):
+            return None
+        if isinstance(module, torch.jit.ScriptModule):
+            return _TORCHS if "BatchNorm" in module.original_name else None
+        for kind in self.batchnorms:
+            if isinstance(module, kind.module):
+                return kind
+        if isinstance(module, _BatchNorm):
+            return _TORCHS
+        return _FROZEN if _is_frozen_batchnorm(module) else None
+
+    def only_normalises(self, module: nn.Module) -> bool:
+        """Whether a BatchNorm's forward does nothing besides: it is torch's own, or is compared with that."""
+        kind = self.batchnorm(module)
+        if kind is None or isinstance(module, torch.jit.ScriptModule):
+            return False
+        is_torchs = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        return (is_torchs and "forward" not in vars(module)) or not kind.calls_batch_norm
+
+    def num_features(self, module: nn.Module) -> int:
+        """Number of channels of a BatchNorm, 0 if it does not tell."""
+        kind = self.batchnorm(module)
+        mean = None if kind is None else kind.statistics(module)[0]
+        return int(getattr(module, "num_features", 0 if mean is None else len(mean)))
+
+
+KINDS = Kinds()
+"""What folding knows by itself."""
+
+
+def _is_frozen_batchnorm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm for inference alone, as detection models have them."""
+    if "BatchNorm" not in type(module).__name__ or module._modules:
+        return False
+    tensors = own_tensors(module)
+    lengths = {tensor.shape for tensor in tensors.values()}
+    return tensors.keys() == _STATISTICS and len(lengths) == 1 and len(lengths.pop()) == 1
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that a module holds itself, by attribute."""
+    tensors = {**module._parameters, **module._buffers}
+    return {key: tensor for key, tensor in tensors.items() if tensor is not None}

@@ -1,0 +1,236 @@
+"""Weights that are computed at every call: baked on what is folded, left alone on the original."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from lit_bnfold.folding import FoldingPlan, fold_batchnorm, plan_folding
+from lit_bnfold.folding.computed import bake
+from lit_bnfold.folding.rewrite import fold_structure, folded_in_place
+
+Judge = Callable[..., FoldingPlan]
+X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+
+
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class Noise(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + torch.randn_like(weight)
+
+
+class Borrowed(nn.Module):
+    """Computes with a tensor of somebody else."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.borrowed = [tensor]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.borrowed[0]
+
+
+def twice(layer: Any, key: str = "weight") -> Any:
+    return parametrize.register_parametrization(layer, key, Twice())
+
+
+def both(layer: Any) -> Any:
+    return twice(parametrizations.weight_norm(layer), "bias")
+
+
+def pruned(layer: Any) -> Any:
+    return prune.random_unstructured(prune.random_unstructured(layer, "weight", 0.3), "bias", 0.5)
+
+
+FORMS = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "of a project": twice,
+    "several": both,
+    "weight_norm, old form": nn.utils.weight_norm,
+    "spectral_norm, old form": nn.utils.spectral_norm,
+    "pruning": pruned,
+}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+@forms
+@pytest.mark.parametrize("training", [False, True])
+def test_computed_weight_is_baked_and_folded(form: Any, training: bool, randomised: Any, agree: Any) -> None:
+    layer = form(nn.Linear(3, 4).double())
+    model = randomised(nn.Sequential(nn.ReLU(), layer, nn.BatchNorm1d(4)).double()).train(training)
+    before, kind = bits(model), type(layer)
+    plan = plan_folding(model, (X,))
+    assert [(fold.layers, fold.parts[0].baked) for fold in plan.folds] == [(("1",), True)], str(plan)
+    folded = plan.apply(model)
+    assert type(folded[1]) is nn.Linear
+    assert sorted(folded.state_dict()) == ["1.bias", "1.weight"]
+    assert [module.training for module in folded.modules()] == [training] * 4
+    assert all(parameter.requires_grad for parameter in folded.parameters())
+    # The original keeps its parametrization, its numbers, and what it computes with them.
+    assert type(layer) is kind
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    agree(model.eval(), folded.eval(), [(X,), (2 * X[:2],)])
+    assert type(fold_batchnorm(model, (X,), inplace=True)[1]) is nn.Linear
+    agree(folded, model, [(X,)])
+
+
+@forms
+def test_computed_weight_takes_a_batchnorm_forward_and_is_called_twice(form: Any, randomised: Any, agree: Any) -> None:
+    layer = form(nn.Linear(3, 3).double())
+    model = randomised(
+        nn.Sequential(nn.ReLU(), norm := nn.BatchNorm1d(3), layer, nn.ReLU(), norm, layer).double()
+    ).eval()
+    folded = fold_batchnorm(model, (X,))
+    assert isinstance(folded[1], nn.Identity)
+    agree(model, folded, [(X,), (2 * X[:2],)])
+
+
+@forms
+def test_folded_in_place_gives_a_computed_weight_back_to_the_bit(form: Any, randomised: Any, agree: Any) -> None:
+    model = randomised(nn.Sequential(form(nn.Linear(3, 4).double()), nn.BatchNorm1d(4)).double()).eval()
+    expected, before = model(X).detach(), bits(model)
+    layer, kind, parameters = model[0], type(model[0]), list(model.parameters())
+    with folded_in_place(plan_folding(model, (X,)), model):
+        assert type(layer) is nn.Linear
+        torch.testing.assert_close(model(X), expected, rtol=0, atol=1e-12)
+    assert type(layer) is kind
+    assert [id(parameter) for parameter in model.parameters()] == [id(parameter) for parameter in parameters]
+    assert list(before) == list(model.state_dict())
+    assert torch.equal(model(X), expected)
+
+
+@forms
+def test_structure_for_a_baked_weight_is_an_ordinary_parameter(form: Any, randomised: Any, agree: Any) -> None:
+    def build() -> nn.Sequential:
+        return nn.Sequential(form(nn.Linear(3, 4).double()), nn.BatchNorm1d(4)).double().eval()
+
+    model, other = randomised(build()), build()
+    plan = plan_folding(model, (X,))
+    fold_structure(FoldingPlan.from_dict(plan.to_dict()), other)
+    other.load_state_dict(plan.apply(model).state_dict())
+    agree(model, other, [(X,)])
+
+
+def test_frozen_computed_weight_stays_frozen() -> None:
+    layer = parametrizations.weight_norm(nn.Linear(3, 4)).requires_grad_(False)
+    folded = fold_batchnorm(nn.Sequential(layer, nn.BatchNorm1d(4)).eval(), (X.float(),))
+    assert not folded[0].weight.requires_grad
+
+
+def test_failure_while_a_weight_is_computed_changes_nothing() -> None:
+    layer = twice(nn.Linear(3, 4))
+    layer.parametrizations.weight[0].forward = None
+    kind, before = type(layer), bits(layer)
+    with pytest.raises(TypeError):
+        bake(layer)
+    assert type(layer) is kind
+    assert list(bits(layer)) == list(before)
+
+
+def with_parametrization(parametrization: nn.Module) -> Any:
+    return nn.Sequential(
+        parametrize.register_parametrization(nn.Linear(3, 4), "weight", parametrization), nn.BatchNorm1d(4)
+    )
+
+
+def test_weight_with_random_numbers_in_it_keeps_the_batchnorm(judge: Judge) -> None:
+    model = with_parametrization(Noise()).double().eval()
+    assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["computed-weight"]
+
+
+def test_weight_computed_from_a_tensor_of_nobody_keeps_the_batchnorm(judge: Judge) -> None:
+    judge(with_parametrization(Borrowed(torch.tensor(2.0))), X, kept={"1": "computed-weight"})
+
+
+def test_weight_computed_from_a_parameter_of_somebody_else_keeps_the_batchnorm(judge: Judge) -> None:
+    scale = nn.Parameter(torch.ones(1))
+    model = with_parametrization(Borrowed(scale))
+    model[1].register_parameter("scale", scale)
+    judge(model, X, kept={"1": "computed-weight"})
+
+
+def test_weight_computed_from_the_input_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    borrowed = Borrowed(torch.ones(1))
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.fc.parametrizations.weight[0].borrowed[0] = x.mean()
+        return m.bn(m.fc(x))
+
+    judge(net(forward, fc=with_parametrization(borrowed)[0], bn=nn.BatchNorm1d(4)), X, kept={"bn": "computed-weight"})
+
+
+def test_original_that_somebody_else_reads_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.bn(m.fc(x)) * m.fc.parametrizations.weight.original0.sum()
+
+    model = net(forward, fc=parametrizations.weight_norm(nn.Linear(3, 4)), bn=nn.BatchNorm1d(4))
+    judge(model, X, kept={"bn": "parameter-read"})
+
+
+def test_computed_weight_that_somebody_else_reads_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    layer = nn.utils.weight_norm(nn.Linear(3, 4).double())
+    model = net(lambda m, x: m.bn(m.fc(x)) * m.fc.weight.sum(), fc=layer, bn=nn.BatchNorm1d(4)).double().eval()
+    assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["parameter-read"]
+
+
+def test_layer_that_uses_something_else_than_its_computed_weight_keeps_the_batchnorm(judge: Judge) -> None:
+    class Odd(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight * 2, self.bias)
+
+    judge(nn.Sequential(twice(Odd(3, 4)), nn.BatchNorm1d(4)), X, kept={"1": "computed-weight"})
+
+
+def test_computed_weight_without_a_bias_in_a_forward_of_its_own_is_tried_with_one(judge: Judge) -> None:
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight, self.bias)
+
+    class Without(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight)
+
+    judge(nn.Sequential(twice(Own(3, 4, bias=False)), nn.BatchNorm1d(4)), X, folds={"1": ["0"]})
+    judge(nn.Sequential(twice(Without(3, 4, bias=False)), nn.BatchNorm1d(4)), X, kept={"1": "own-forward"})
+
+
+def test_original_shared_by_two_layers_keeps_the_batchnorm(judge: Judge) -> None:
+    first, second = twice(nn.Linear(4, 4)), twice(nn.Linear(4, 4))
+    second.parametrizations.weight.original = first.parametrizations.weight.original
+    judge(
+        nn.Sequential(first, nn.BatchNorm1d(4), nn.Tanh(), second),
+        X.new_ones(5, 4).normal_(),
+        kept={"1": "shared-parameter"},
+    )
+
+
+def test_hook_beside_the_one_that_computes_keeps_the_batchnorm() -> None:
+    layer = nn.utils.weight_norm(nn.Linear(3, 4).double())
+    layer.register_forward_pre_hook(lambda module, args: None)
+    model = nn.Sequential(layer, nn.BatchNorm1d(4)).double().eval()
+    assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["other-reader"]
+
+
+def test_cached_weights_of_another_moment_keep_the_batchnorm() -> None:
+    model = nn.Sequential(twice(nn.Linear(3, 4)), nn.BatchNorm1d(4)).double().eval()
+    with parametrize.cached():
+        model(X)  # From here on, the copies that are recorded get the weight of the original out of the cache.
+        assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["computed-weight"]
+    assert plan_folding(model, (X,)).folds
