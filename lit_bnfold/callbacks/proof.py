@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from lit_bnfold.folding import Fold, FoldingPlan
 from lit_bnfold.folding.kinds import KINDS
+from lit_bnfold.folding.moved import moves
 from lit_bnfold.folding.record import Recorder, tensors_in
 from lit_bnfold.folding.search import make_plan
-from lit_bnfold.folding.trial import Function, with_batchnorm
 from lit_bnfold.metrics import OutputError
 
 if TYPE_CHECKING:
@@ -141,15 +141,8 @@ class LayerWitness(Witness):
         super().__init__(pl_module)
         modules = dict(pl_module.named_modules())
         self._layers = {part.layer: modules[part.layer] for fold in plan.folds for part in fold.parts}
-        self._expected: dict[str, Function] = {name: _snapshot(layer) for name, layer in self._layers.items()}
-        for fold in plan.folds:
-            kind = KINDS.batchnorm(modules[fold.batchnorm])
-            assert kind is not None
-            numbers = kind.numbers(modules[fold.batchnorm])
-            for part in fold.parts:
-                layer, before = KINDS.layer(modules[part.layer]), self._expected[part.layer]
-                assert layer is not None
-                self._expected[part.layer] = with_batchnorm(fold.direction, before, numbers, part, layer.channel_axis)
+        moved = moves(plan, modules, KINDS)
+        self._expected = {name: moved[name](_snapshot(layer)) for name, layer in self._layers.items()}
         self.errors = {name: OutputError() for name in self._layers}
         self.stray: str | None = None
         self._plan = plan

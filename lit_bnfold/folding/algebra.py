@@ -12,11 +12,10 @@ single group.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# Numbers that are widened to float64 at a time, 2 MiB of them.
-_BLOCK = 2**18
+# Numbers that are widened to float64 at a time, 1 MiB of them.
+_BLOCK = 2**17
 
 
 def scale_and_shift(
@@ -231,7 +230,7 @@ def round_like(exact: Tensor, like: Tensor) -> Tensor:
         A new tensor of the shape of ``exact``.
     """
     rounded = torch.empty_like(like) if exact.shape == like.shape else like.new_empty(exact.shape)
-    return _flushed(rounded.copy_(exact))
+    return _flush(rounded.copy_(exact))
 
 
 def _times(weight: Tensor, factors: Tensor) -> Tensor:
@@ -240,10 +239,11 @@ def _times(weight: Tensor, factors: Tensor) -> Tensor:
     rows = max(1, _BLOCK * len(weight) // max(1, weight.numel()))
     for start in range(0, len(weight), rows):
         block = slice(start, start + rows)
-        product[block] = _flushed((weight[block].double() * factors[block]).to(weight.dtype))
+        # Multiplied in float64, whatever the dtype of the weight is, and rounded on the way out.
+        _flush(torch.mul(weight[block], factors[block], out=product[block]))
     return product
 
 
-def _flushed(rounded: Tensor) -> Tensor:
+def _flush(rounded: Tensor) -> Tensor:
     largest = torch.finfo(rounded.dtype).tiny * (1.0 - torch.finfo(rounded.dtype).eps)
-    return F.hardshrink(rounded, largest)
+    return torch.hardshrink(rounded, largest, out=rounded)

@@ -170,7 +170,8 @@ class Census:
                 "unusual-weight",
                 "its statistics or its weight are of a tensor subclass, which may mean other numbers",
             )
-        if not all(bool(tensor.isfinite().all()) for tensor in used) or bool((var < 0).any()):
+        numbers_in_one = torch.stack([tensor.double() for tensor in used])
+        if not bool(numbers_in_one.isfinite().all() & (var >= 0).all()):
             return "not-finite", "its statistics or its weight hold infinities, NaNs or negative variances"
         return None
 

@@ -12,7 +12,7 @@ import gc
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
@@ -48,6 +48,8 @@ _ESCAPES = {
     Tensor.data.__set__,  # type: ignore[attr-defined]
 }
 
+_WITHOUT_TENSORS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
+
 _Facts = TypeVar("_Facts", Layer, BatchNorm)
 
 
@@ -61,7 +63,7 @@ class Recorder:
         model: The model of interest. The caller runs it, in whatever way is the real one.
         kinds: What counts as a layer and as a BatchNorm.
         lends_bias: Whether a layer without a bias, but with a forward of its own, gets one of zeros for the time being.
-        instead: By the name of a layer, what is to run instead of its function, made of that function.
+        instead: What is to run instead of the function of a layer, made of its name and of that function.
 
     Raises:
         FoldingError: If a lazy module of the model has not met its first batch.
@@ -85,11 +87,11 @@ class Recorder:
         kinds: Kinds = KINDS,
         *,
         lends_bias: bool = True,
-        instead: Mapping[str, Callable[[Callable[..., Tensor]], Callable[..., Tensor]]] | None = None,
+        instead: Callable[[str, Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
     ) -> None:
         self.graph = ValueGraph()
         self._lends_bias = lends_bias
-        self._instead = instead or {}
+        self._instead = instead
         self._flattened: tuple[int, int] | None = None
         self._census = Census(model, kinds)
         self._ledger = _Ledger(self.graph)
@@ -198,9 +200,11 @@ class Recorder:
     def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module not in self._census.names:
             return
-        if threading.get_ident() != self._thread or not (self.looking_away or self._is_seen()):
+        is_elsewhere = threading.get_ident() != self._thread
+        # Only what a module holds itself could be used unseen.
+        if self._census.owned[module] and (is_elsewhere or not (self.looking_away or self._is_seen())):
             self._note_blind_spot(module)
-        if threading.get_ident() != self._thread:
+        if is_elsewhere:
             return
         self.graph.frames.append(Frame(self._census.names[module], parent=self._stack[-1][0]))
         self._stack.append((len(self.graph.frames) - 1, module))
@@ -362,8 +366,9 @@ class Recorder:
     ) -> Tensor:
         """Run a function whose inside is of no interest, as one call."""
         with self._look_away():
-            move = self._instead.get(owner or "")
-            output = (function if move is None else move(function))(*args, **kwargs)
+            if owner is not None and self._instead is not None:
+                function = self._instead(owner, function)
+            output = function(*args, **kwargs)
         self._add_call(kind, name, args, kwargs, output, owner=owner)
         return output
 
@@ -513,15 +518,16 @@ class _Ledger:
 
     def add(self, tensor: Tensor, maker: int | None, constant: bool = False) -> Value:
         """Give a tensor a new value, made by a call or come from outside."""
+        address = _address(tensor)
         value = Value(
             index=len(self._graph.values),
             shape=tuple(tensor.shape),
-            stride=tuple(tensor.stride()) if tensor.layout is torch.strided else (),
+            stride=tensor.stride() if tensor.layout is torch.strided else (),
             dtype=tensor.dtype,
-            storage=self._storage(tensor),
+            storage=self._storage(tensor, address),
             maker=maker,
             constant=constant,
-            fate=_unfollowable(tensor),
+            fate=_unfollowable(tensor, address),
         )
         self._graph.values.append(value)
         self._follow(tensor, value.index)
@@ -531,8 +537,7 @@ class _Ledger:
         ref, number = self._memory.get(address or 0, (None, None))
         return None if ref is None or ref.expired() else number
 
-    def _storage(self, tensor: Tensor) -> int:
-        address = _address(tensor)
+    def _storage(self, tensor: Tensor, address: int | None) -> int:
         known = self._known_storage(address)
         if known is not None:
             return known
@@ -566,16 +571,16 @@ class _Ledger:
         return (value for value in self._graph.values if value.fate is None and value.storage in alive)
 
 
-def _unfollowable(tensor: Tensor) -> str | None:
+def _unfollowable(tensor: Tensor, address: int | None) -> str | None:
     """Why the run cannot show what becomes of a tensor, as words for a reason; None if it can."""
-    if not _address(tensor):
+    if not address:
         return "is a tensor without memory that could be followed"
     if not is_plain(tensor):
         return f"is a {type(tensor).__name__}, whose operations may be others than torch's"
     return None
 
 
-def tensors_in(tree: Any, _seen: set[int] | None = None) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> Iterator[Tensor]:
     """Find the tensors in nested containers, dataclasses and plain objects, each occurrence once per container.
 
     Args:
@@ -588,23 +593,26 @@ def tensors_in(tree: Any, _seen: set[int] | None = None) -> Iterator[Tensor]:
         >>> [t.item() for t in tensors_in({"a": torch.tensor(1), "b": [torch.tensor(2), "no tensor"]})]
         [1, 2]
     """
-    seen = set() if _seen is None else _seen
-    if isinstance(tree, Tensor):
-        yield tree
-        return
-    if tree is None or isinstance(tree, (str, bytes, int, float, complex, type, nn.Module)) or id(tree) in seen:
-        return
-    seen.add(id(tree))
+    pending, seen = [tree], set[int]()
+    while pending:
+        branch = pending.pop()
+        if isinstance(branch, Tensor):
+            yield branch
+        elif type(branch) not in _WITHOUT_TENSORS and id(branch) not in seen and not isinstance(branch, nn.Module):
+            seen.add(id(branch))
+            pending.extend(reversed(_branches(branch)))
+
+
+def _branches(tree: Any) -> list[Any]:
     if isinstance(tree, dict):
-        branches: Any = tree.values()
-    elif isinstance(tree, (list, tuple, set, frozenset)):
-        branches = tree
-    elif is_dataclass(tree):
-        branches = [getattr(tree, field.name, None) for field in fields(tree)]
-    else:
-        branches = list(getattr(tree, "__dict__", {}).values())
-    for branch in branches:
-        yield from tensors_in(branch, seen)
+        return list(tree.values())
+    if isinstance(tree, (list, tuple, set, frozenset)):
+        return list(tree)
+    if isinstance(tree, type):
+        return []
+    if is_dataclass(tree):
+        return [getattr(tree, field.name, None) for field in fields(tree)]
+    return list(getattr(tree, "__dict__", {}).values())
 
 
 def _with_refs(tree: Any, refs: dict[int, Ref]) -> Any:

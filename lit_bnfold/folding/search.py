@@ -46,11 +46,7 @@ def make_plan(graph: ValueGraph) -> FoldingPlan:
             # What stays now is a layer itself, to its neighbours.
             _fold_into_each_other(graph, folded, stays, takers)
         has_moved = len(folded) > before
-        pending = [name for name in stays if has_moved and name not in takers and _may_move(name, folded, stays)]
-    for name in takers:
-        # What is said of it may speak of a neighbour that it has taken since.
-        _, obstacles = _search(graph, name, folded, frozenset())
-        stays[name] = obstacles or stays[name]
+        pending = [name for name in stays if has_moved and _may_move(name, folded, stays)]
     kept = (Kept(name, *_reason(stays[name])) for name in graph.batchnorms if name not in folded)
     return FoldingPlan(tuple(folded.values()), tuple(kept))
 

@@ -1,8 +1,9 @@
 """The two runs behind a plan: one of the model as it is, one with the plan tried out.
 
 The second run is of a copy whose folded BatchNorms are gone, while torch's own ``batch_norm`` runs right where the plan
-puts each: behind, before or beside its layers. If that does something else than the first run, the first has not shown
-everything, and nothing is folded.
+puts each: behind, before or beside its layers. If that does or gives something else than the first run, the first has
+not shown everything, and nothing is folded. The second run need not compute what the layers make of the same input
+again, as far as there is room to remember it; that every layer gets the same input says more than equal outputs would.
 """
 
 from __future__ import annotations
@@ -11,32 +12,91 @@ import copy
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_bnfold.folding.computed import bake, computed_tensors
 from lit_bnfold.folding.graph import FoldingError, Obstacle, ValueGraph
-from lit_bnfold.folding.kinds import Kinds, Normalisation
-from lit_bnfold.folding.plan import FoldingPlan, Part
+from lit_bnfold.folding.kinds import Kinds
+from lit_bnfold.folding.moved import Function, moves
+from lit_bnfold.folding.plan import FoldingPlan
 from lit_bnfold.folding.record import Recorder, tensors_in
 from lit_bnfold.folding.rewrite import copy_model, erase, stand_in
-from lit_bnfold.folding.transparent import UNTOUCHED
 
 _Model = TypeVar("_Model", bound=nn.Module)
-Function = Callable[..., Tensor]
 
 
 class Run(NamedTuple):
-    """What one run of a model did, and what it gave."""
+    """What one run of a model did, what it gave, and what its layers took and gave."""
 
     graph: ValueGraph
     output: Any
+    tape: Tape
+
+
+class Take(NamedTuple):
+    """What a layer was given and made of it in one call; None where there was no room to keep it."""
+
+    layer: str
+    input: Tensor | None
+    output: Tensor | None
+
+
+class Tape:
+    """What the layers of a run were given and made of it, call by call, as far as there is room.
+
+    Args:
+        batchnorms: Names of those that count as layers and of which nothing is kept.
+
+    Attributes:
+        room: Bytes that may still be kept.
+        agrees: Whether all that has been played was given the same inputs in the same order.
+    """
+
+    def __init__(self, batchnorms: Collection[str]) -> None:
+        self.room = 0
+        self.agrees = True
+        self._batchnorms = batchnorms
+        self._takes: list[Take] = []
+        self._played = 0
+
+    def record(self, name: str, layer: Function) -> Function:
+        """A layer that does what it does, and is recorded."""
+        if name in self._batchnorms:
+            return layer
+
+        def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            kept = self._kept(input)
+            output = layer(input, *args, **kwargs)
+            self._takes.append(Take(name, kept, self._kept(output)))
+            return output
+
+        return run
+
+    def play(self, name: str, layer: Function) -> Function:
+        """A layer that gives what it gave when it was recorded, and is computed where that was not kept."""
+        if name in self._batchnorms:
+            return layer
+
+        def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            take = self._takes[self._played] if self._played < len(self._takes) else Take("", None, None)
+            self._played += 1
+            self.agrees &= take.layer == name and (take.input is None or _is_near(take.input, input))
+            return layer(input, *args, **kwargs) if take.output is None else take.output
+
+        return run
+
+    def _kept(self, tensor: Tensor) -> Tensor | None:
+        size = tensor.numel() * tensor.element_size()
+        if size > self.room:
+            return None
+        self.room -= size
+        return tensor.clone()
 
 
 def run_as_it_is(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: Kinds) -> Run:
@@ -55,7 +115,12 @@ def run_as_it_is(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         FoldingError: If the model cannot be copied or does not run on the arguments.
     """
     twin = _twin(model)
-    return _run(twin, Recorder(twin, kinds), args, kwargs)
+    batchnorms = {name for name, module in twin.named_modules() if kinds.batchnorm(module) is not None}
+    tape = Tape(batchnorms)
+    recorder = Recorder(twin, kinds, instead=tape.record)
+    # As much as the layer with the most numbers needs in float64, which is what folding in place may need as well.
+    tape.room = 8 * max((parameter.numel() for parameter in model.parameters()), default=0)
+    return Run(recorder.graph, _run(twin, recorder, args, kwargs), tape)
 
 
 def obstacle_to(
@@ -76,108 +141,35 @@ def obstacle_to(
     """
     twin = _twin(model)
     modules = dict(twin.named_modules())
-    moved = _moved_functions(plan, modules, kinds)
+    moved = moves(plan, modules, kinds)
     baked = [name for name in moved if computed_tensors(modules[name])]
     for name in baked:
         bake(modules[name])
     for fold in plan.folds:
         erase(modules[fold.batchnorm], fold.direction, kinds)
+
+    def instead(name: str, layer: Function) -> Function:
+        played = first.tape.play(name, layer)
+        return moved[name](played) if name in moved else played
+
     # This time no layer is lent a bias, so that a forward which asks whether there is one is found out as well.
-    recorder = Recorder(twin, kinds, lends_bias=False, instead=moved)
+    recorder = Recorder(twin, kinds, lends_bias=False, instead=instead)
     erased = {fold.batchnorm: fold.direction != "parallel" for fold in plan.folds}
     try:
-        second = _run(twin, recorder, args, kwargs)
+        output = _run(twin, recorder, args, kwargs)
+        does_the_same = recorder.graph.outline(erased) == first.graph.outline(erased, baked)
     except FoldingError:
-        second = None
-    if second is None or second.graph.outline(erased) != first.graph.outline(erased, baked):
+        does_the_same = False
+    if not does_the_same:
         reason = "the model looks at its modules, and does something else once BatchNorms of it are `nn.Identity`"
         return "structure-read", reason
-    if not _agree(first.output, second.output):
-        reason = "the model gives something else when it is folded, for a reason that its run does not show"
+    if not first.tape.agrees or not _agree(first.output, output):
+        reason = "the model computes something else when it is folded, for a reason that its run does not show"
         return "unexplained", reason
     return None
 
 
-def with_batchnorm(direction: str, layer: Function, numbers: Normalisation, part: Part, channel_axis: int) -> Function:
-    """A layer and the BatchNorm that goes into it, by torch's own batch norm and not by our algebra.
-
-    Args:
-        direction: Whether the BatchNorm comes behind the layer (``backward``), before it or beside it.
-        layer: The layer as a function of its input, of any shape, and whatever else it takes.
-        numbers: The BatchNorm's.
-        part: What the layer takes of the BatchNorm.
-        channel_axis: Axis of the layer's input and output that the channels lie on.
-
-    Returns:
-        A function of the same arguments.
-    """
-    numbers = numbers.each(Tensor.detach)
-
-    def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if direction == "backward":
-            return _normalise(layer(input, *args, **kwargs), numbers, part, channel_axis)
-        normalised = _normalise(input, numbers, part, channel_axis)
-        if direction == "forward":
-            return layer(normalised, *args, **kwargs)
-        return layer(input, *args, **kwargs) + normalised
-
-    return run
-
-
-def _normalise(output: Tensor, numbers: Normalisation, part: Part, channel_axis: int) -> Tensor:
-    axis = channel_axis % output.dim()
-    mean, var, weight, bias, eps = numbers.each(lambda tensor: tensor.to(output.device))
-    if part.channels is None and part.shift == 1.0 and axis == 1:
-        return F.batch_norm(output, mean, var, weight, bias, training=False, eps=eps)
-    rows = output.movedim(axis, -1)  # (..., C)
-    channels = torch.tensor(part.channels or range(rows.shape[-1]), device=output.device)
-    mean, var, weight, bias, eps = numbers.each(lambda tensor: tensor.to(output.device)[channels.clamp(min=0)])
-
-    def normalise(rows: Tensor) -> Tensor:
-        flat = rows.reshape(-1, rows.shape[-1])  # (..., C) -> (N, C)
-        return F.batch_norm(flat, mean, var, weight, bias, training=False, eps=eps).view(rows.shape)
-
-    normalised = normalise(rows)
-    if part.shift != 1.0:
-        normalised = normalised - (1.0 - part.shift) * normalise(torch.zeros_like(rows))
-    normalised = torch.where(channels == UNTOUCHED, rows, normalised).movedim(-1, axis)
-    # Laid out in memory as the layer does it, on which a later `view` may rely.
-    return torch.empty_like(output).copy_(normalised)
-
-
-def _moved_functions(
-    plan: FoldingPlan, modules: Mapping[str, nn.Module], kinds: Kinds
-) -> dict[str, Callable[[Function], Function]]:
-    """For each layer that takes part in a fold, what its function is to become, by the layer's name."""
-    moves: dict[str, list[Callable[[Function], Function]]] = {}
-    for fold in plan.folds:
-        kind = kinds.batchnorm(modules[fold.batchnorm])
-        assert kind is not None
-        numbers = kind.numbers(modules[fold.batchnorm])
-        for part in fold.parts:
-            layer_kind = kinds.layer(modules[part.layer])
-            assert layer_kind is not None
-            axis = layer_kind.channel_axis
-
-            def move(
-                function: Function, fold: Any = fold, numbers: Any = numbers, part: Part = part, axis: int = axis
-            ) -> Function:
-                return with_batchnorm(fold.direction, function, numbers, part, axis)
-
-            moves.setdefault(part.layer, []).append(move)
-    return {name: _one_after_the_other(several) for name, several in moves.items()}
-
-
-def _one_after_the_other(moves: Sequence[Callable[[Function], Function]]) -> Callable[[Function], Function]:
-    def move(function: Function) -> Function:
-        for each in moves:
-            function = each(function)
-        return function
-
-    return move
-
-
-def _run(twin: nn.Module, recorder: Recorder, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Run:
+def _run(twin: nn.Module, recorder: Recorder, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     args, kwargs = _copy_example((args, kwargs))
     twin.eval()
     with _random_numbers_kept(twin), torch.no_grad(), _nothing_compiled(), recorder:
@@ -186,7 +178,7 @@ def _run(twin: nn.Module, recorder: Recorder, args: Sequence[Any], kwargs: Mappi
             output = twin(*args, **kwargs)
         except Exception as error:
             raise FoldingError(f"The model does not run on the example it was given: {error}") from error
-    return Run(recorder.graph, output)
+    return output
 
 
 def _copy_example(example: Any) -> Any:

@@ -112,7 +112,9 @@ def test_folded_in_place_gives_a_computed_weight_back_to_the_bit(form: Any, rand
         torch.testing.assert_close(model(X), expected, rtol=0, atol=1e-12)
     assert type(layer) is kind
     assert [id(parameter) for parameter in model.parameters()] == [id(parameter) for parameter in parameters]
-    assert list(before) == list(model.state_dict())
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(model(X), expected)
 
 
@@ -162,7 +164,7 @@ def test_weight_computed_from_a_tensor_of_nobody_keeps_the_batchnorm(judge: Judg
 def test_weight_computed_from_a_parameter_of_somebody_else_keeps_the_batchnorm(judge: Judge) -> None:
     scale = nn.Parameter(torch.ones(1))
     model = with_parametrization(Borrowed(scale))
-    model[1].register_parameter("scale", scale)
+    model.register_parameter("scale", scale)
     judge(model, X, kept={"1": "computed-weight"})
 
 
@@ -196,6 +198,8 @@ def test_layer_that_uses_something_else_than_its_computed_weight_keeps_the_batch
             return nn.functional.linear(x, self.weight * 2, self.bias)
 
     judge(nn.Sequential(twice(Odd(3, 4)), nn.BatchNorm1d(4)), X, kept={"1": "computed-weight"})
+    model = nn.Sequential(nn.utils.weight_norm(Odd(3, 4)), nn.BatchNorm1d(4)).double().eval()
+    assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["computed-weight"]
 
 
 def test_computed_weight_without_a_bias_in_a_forward_of_its_own_is_tried_with_one(judge: Judge) -> None:
@@ -226,6 +230,21 @@ def test_hook_beside_the_one_that_computes_keeps_the_batchnorm() -> None:
     layer.register_forward_pre_hook(lambda module, args: None)
     model = nn.Sequential(layer, nn.BatchNorm1d(4)).double().eval()
     assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["other-reader"]
+
+
+def test_hook_that_computes_in_a_way_of_its_own_keeps_the_batchnorm() -> None:
+    class Own(prune.RandomUnstructured):
+        def apply_mask(self, module: nn.Module) -> Tensor:
+            return super().apply_mask(module) * 2
+
+    class Called(prune.RandomUnstructured):
+        def __call__(self, module: nn.Module, inputs: Any) -> None:
+            module.weight = self.apply_mask(module) * 2
+
+    for method in (Own, Called):
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double().eval()
+        method.apply(model[0], "weight", amount=0.3)
+        assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["other-reader"]
 
 
 def test_cached_weights_of_another_moment_keep_the_batchnorm() -> None:

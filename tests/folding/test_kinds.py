@@ -111,3 +111,17 @@ def test_normalisation_of_a_project_over_another_axis_is_kept() -> None:
 def test_kind_of_layer_that_takes_no_bias_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a 'bias' among those"):
         LayerKind(Projection, F.linear, channel_axis=-1, arguments=("input", "weight"))
+
+
+def test_batchnorm_inside_a_normalisation_of_a_project_is_not_reached() -> None:
+    class Holder(Standardise):
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
+            self.inner = nn.BatchNorm1d(size)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.relu() + self.inner(x)
+
+    model = nn.Sequential(nn.Linear(3, 4), Holder(4)).double().eval()
+    plan = plan_folding(model, (X,), kinds=Kinds(batchnorms=(STANDARDISE,)))
+    assert [kept.code for kept in plan.kept] == ["own-forward", "not-reached"]

@@ -448,6 +448,15 @@ def test_batchnorm_that_cannot_change_takes_no_other(hinder: str, judge: Judge, 
     judge(model, X, folds={"second": ["first"]} if hinder == "share" else {}, kept=codes[hinder], others=others)
 
 
+def test_batchnorm_that_would_not_use_a_weight_takes_no_other_but_is_taken(judge: Judge) -> None:
+    class Plain(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
+
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3), Plain(3, affine=False), nn.Tanh())
+    judge(model, X, folds={"2": ["1"]}, kept={"1": "no-layer"})
+
+
 # Notes.
 
 

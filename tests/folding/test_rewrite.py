@@ -265,6 +265,15 @@ def test_plan_is_refused_by_a_model_that_got_something_in_the_way_since(randomis
         assert isinstance(model[1], nn.BatchNorm1d)
 
 
+def test_plan_is_refused_by_a_batchnorm_that_can_take_no_other_since(randomised: Randomised) -> None:
+    model = randomised(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.Tanh())).double().eval()
+    plan = plan_folding(model, (X,))
+    assert plan.folds[0].layers == ("2",)
+    model[2].running_mean = model[2].running_var = None
+    with pytest.raises(FoldingError, match="has to stay in this model: it keeps no running statistics"):
+        plan.apply(model)
+
+
 def test_plan_is_refused_by_a_model_that_is_folded_already(randomised: Randomised) -> None:
     model = randomised(small())
     plan = plan_folding(model, (X,))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lit_bnfold.folding import fold_batchnorm, plan_folding
 from lit_bnfold.folding.kinds import Normalisation
+from lit_bnfold.folding.moved import with_batchnorm
 from lit_bnfold.folding.plan import Part
-from lit_bnfold.folding.trial import with_batchnorm
 
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -90,9 +90,8 @@ def test_moved_batchnorm_maps_the_channels_it_is_told_to(
 ) -> None:
     features = 4 if channels is None else 3
     mean, var, weight, bias = (torch.rand(features, dtype=torch.float64) + 0.1 for _ in range(4))
-    move = with_batchnorm(
-        "backward", lambda x: x, Normalisation(mean, var, weight, bias, 0.5), Part("", channels, shift), axis
-    )
+    numbers = Normalisation(mean, var, weight, bias, 0.5)
+    move = with_batchnorm(lambda x: x, "backward", numbers, Part("", channels, shift), axis)
     x = torch.randn(shape, dtype=torch.float64)
     moved = move(x).movedim(axis, -1)
     assert move(x).stride() == x.stride()

@@ -1,0 +1,101 @@
+"""What a fold must equal: torch's own batch norm, and not our algebra, right where the plan puts each BatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_bnfold.folding.kinds import Kinds, Normalisation
+from lit_bnfold.folding.plan import FoldingPlan, Part
+from lit_bnfold.folding.transparent import UNTOUCHED
+
+Function = Callable[..., Tensor]
+
+
+def with_batchnorm(layer: Function, direction: str, numbers: Normalisation, part: Part, channel_axis: int) -> Function:
+    """A layer together with the BatchNorm that goes into it.
+
+    Args:
+        layer: The layer as a function of its input, of any shape, and whatever else it takes.
+        direction: Whether the BatchNorm comes behind the layer (``backward``), before it or beside it.
+        numbers: The BatchNorm's.
+        part: What the layer takes of the BatchNorm.
+        channel_axis: Axis of the layer's input and output that the channels lie on.
+
+    Returns:
+        A function of the same arguments.
+    """
+    numbers = numbers.each(Tensor.detach)
+
+    def run(input: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if direction == "backward":
+            return _normalised(layer(input, *args, **kwargs), numbers, part, channel_axis)
+        normalised = _normalised(input, numbers, part, channel_axis)
+        if direction == "forward":
+            return layer(normalised, *args, **kwargs)
+        return layer(input, *args, **kwargs) + normalised
+
+    return run
+
+
+def moves(
+    plan: FoldingPlan, modules: Mapping[str, nn.Module], kinds: Kinds
+) -> dict[str, Callable[[Function], Function]]:
+    """What a plan makes of each layer that takes part in it.
+
+    Args:
+        plan: The plan.
+        modules: The modules of the model, by name, before any is folded.
+        kinds: What counts as a layer and as a BatchNorm.
+
+    Returns:
+        By the name of a layer, a function that puts its BatchNorms behind, before and beside it.
+    """
+    found: dict[str, Callable[[Function], Function]] = {}
+    for fold in plan.folds:
+        kind = kinds.batchnorm(modules[fold.batchnorm])
+        assert kind is not None
+        for part in fold.parts:
+            layer = kinds.layer(modules[part.layer])
+            assert layer is not None
+            move = partial(
+                with_batchnorm,
+                direction=fold.direction,
+                numbers=kind.numbers(modules[fold.batchnorm]),
+                part=part,
+                channel_axis=layer.channel_axis,
+            )
+            found[part.layer] = _after(found[part.layer], move) if part.layer in found else move
+    return found
+
+
+def _after(
+    first: Callable[[Function], Function], second: Callable[[Function], Function]
+) -> Callable[[Function], Function]:
+    return lambda layer: second(first(layer))
+
+
+def _normalised(output: Tensor, numbers: Normalisation, part: Part, channel_axis: int) -> Tensor:
+    axis = channel_axis % output.dim()
+    numbers = numbers.each(lambda tensor: tensor.to(output.device))
+    if part.channels is None and part.shift == 1.0 and axis == 1:
+        return _batch_norm(output, numbers)
+    rows = output.movedim(axis, -1)  # (..., C)
+    channels = torch.tensor(part.channels or range(rows.shape[-1]), device=output.device)
+    numbers = numbers.each(lambda tensor: tensor[channels.clamp(min=0)])
+    flat = rows.reshape(-1, rows.shape[-1])  # (..., C) -> (N, C)
+    normalised = _batch_norm(flat, numbers)
+    if part.shift != 1.0:
+        normalised = normalised - (1.0 - part.shift) * _batch_norm(torch.zeros_like(flat), numbers)
+    normalised = torch.where(channels == UNTOUCHED, flat, normalised).view(rows.shape).movedim(-1, axis)
+    # Laid out in memory as the layer does it, on which a later `view` may rely.
+    return torch.empty_like(output).copy_(normalised)
+
+
+def _batch_norm(input: Tensor, numbers: Normalisation) -> Tensor:
+    mean, var, weight, bias, eps = numbers
+    return F.batch_norm(input, mean, var, weight, bias, training=False, eps=eps)
