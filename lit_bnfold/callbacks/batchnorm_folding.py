@@ -21,8 +21,9 @@ from lit_bnfold.callbacks.report import Report, make_report, print_report, scala
 from lit_bnfold.callbacks.validation import ValidationRun, run_validation
 from lit_bnfold.checkpoint import save_folded, whole_file
 from lit_bnfold.folding import FoldingError, FoldingPlan
+from lit_bnfold.folding.copying import copy_model
 from lit_bnfold.folding.kinds import KINDS
-from lit_bnfold.folding.rewrite import copy_model, folded_in_place
+from lit_bnfold.folding.rewrite import folded_in_place
 
 _Validate = Callable[[Sequence[Callback]], ValidationRun | None]
 

@@ -25,6 +25,7 @@ from torch import nn
 from lit_bnfold.folding.graph import FoldingError
 from lit_bnfold.folding.kinds import KINDS, BatchNormKind, Kinds, LayerKind
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
+from lit_bnfold.folding.rewrite import fold_model
 from lit_bnfold.folding.search import make_plan
 from lit_bnfold.folding.trial import obstacle_to, run_as_it_is
 
@@ -114,5 +115,4 @@ def fold_batchnorm(
         >>> torch.testing.assert_close(fold_batchnorm(model, (x,))(x), model(x))
     """
     plan = plan_folding(model, example_args, example_kwargs, kinds=kinds)
-    folded: _Model = plan.apply(model, inplace=inplace, kinds=kinds)  # type: ignore[assignment]
-    return folded
+    return fold_model(plan, model, inplace=inplace, kinds=kinds)

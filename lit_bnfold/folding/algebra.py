@@ -47,34 +47,31 @@ def scale_and_shift(
     return scale, shift
 
 
-def rounding_gain(
-    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> float:
-    """How many times larger a rounding error of a layer is behind a BatchNorm, at worst over its channels.
+def rounding_gain(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: Tensor) -> Tensor:
+    """How many times larger a rounding error of a layer is behind a BatchNorm.
 
     Larger as such, by the scale; or larger in units of the output, where mean and bias nearly cancel out.
 
     Args:
-        running_mean: Mean of each channel, (C,).
-        running_var: Variance of each channel, (C,).
-        weight: Factor of each channel, (C,); None counts as ones.
-        bias: Offset of each channel, (C,); None counts as zeros.
-        eps: What is added to the variance under the root.
+        mean: Mean of each channel, (C,).
+        var: Variance of each channel, (C,).
+        weight: Factor of each channel, (C,).
+        bias: Offset of each channel, (C,).
+        eps: What is added to the variance of each channel under the root, (C,).
 
     Returns:
-        A factor of at least 1.
+        A factor for each channel, (C,), of at least 1.
 
     Example:
-        >>> rounding_gain(torch.zeros(1), torch.full((1,), 2.0**-20), None, None, eps=0.0)
-        1024.0
+        >>> zero, one = torch.zeros(1), torch.ones(1)
+        >>> rounding_gain(mean=zero, var=one / 2**20, weight=one, bias=zero, eps=zero)
+        tensor([1024.])
     """
-    mean, var = running_mean.double().abs(), running_var.double()
-    scale = (torch.ones_like(var) if weight is None else weight.double().abs()) * (var + eps).rsqrt()
-    before = scale * (mean + var.sqrt())
-    after = scale * var.sqrt() + (0.0 if bias is None else bias.double().abs())
+    scale = weight.abs() * (var + eps).rsqrt()
+    before = scale * (mean.abs() + var.sqrt())
     # A channel whose weight and bias are zero gives zeros, and loses nothing.
-    cancelled = torch.where(before > 0, before / after, 0.0)
-    return max([1.0, *torch.maximum(scale, cancelled).tolist()])
+    cancelled = torch.where(before > 0, before / (scale * var.sqrt() + bias.abs()), 0.0)
+    return torch.maximum(scale, cancelled).clamp(min=1.0)
 
 
 def fold_into_outputs(

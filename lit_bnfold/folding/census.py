@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from lit_bnfold.folding.algebra import rounding_gain
 from lit_bnfold.folding.computed import computed_tensors, is_computing_hook
 from lit_bnfold.folding.graph import BatchNorm, FoldingError, Layer, Obstacle
-from lit_bnfold.folding.kinds import KINDS, NORMALISING, BatchNormKind, Kinds, own_tensors
+from lit_bnfold.folding.kinds import KINDS, NORMALISING, BatchNormKind, Kinds, Normalisation, own_tensors
 
 FOLDABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -55,7 +58,6 @@ class Census:
         self._refuse_lazy()
         self.layer_kinds = {module: layer for module in self.names if (layer := kinds.layer(module)) is not None}
         self.batchnorm_kinds = {module: kind for module in self.names if (kind := kinds.batchnorm(module)) is not None}
-        self._batchnorms: dict[nn.Module, BatchNorm] = {}
         self.computed = {module: computed for module in self.layer_kinds if (computed := computed_tensors(module))}
         seals = {root: seal for root in self.names if (seal := _seal(root)) is not None}
         self._sealed = {module: seal for root, seal in seals.items() for module in root.modules()}
@@ -72,7 +74,7 @@ class Census:
         plain = [tensor for key, tensor in self.owned[module].items() if key in ("weight", "bias")]
         obstacle = self._common_obstacle(module) or self._weight_obstacle(module)
         if kind is NORMALISING:
-            obstacle = obstacle or self.batchnorm(module).obstacle or self._as_layer_obstacle(module)
+            obstacle = obstacle or self.batchnorms[module].obstacle or self._as_layer_obstacle(module)
         return Layer(
             in_channels=getattr(module, kind.in_channels),
             out_channels=getattr(module, kind.out_channels),
@@ -85,23 +87,47 @@ class Census:
             obstacle=obstacle,
         )
 
-    def batchnorm(self, module: nn.Module) -> BatchNorm:
-        """The facts about a BatchNorm."""
-        if module not in self._batchnorms:
-            self._batchnorms[module] = self._look_at_batchnorm(module)
-        return self._batchnorms[module]
+    @cached_property
+    def batchnorms(self) -> dict[nn.Module, BatchNorm]:
+        """The facts about each BatchNorm."""
+        obstacles = {
+            module: self._common_obstacle(module) or self._batchnorm_obstacle(module, kind)
+            for module, kind in self.batchnorm_kinds.items()
+        }
+        gains = self._gains([module for module, obstacle in obstacles.items() if obstacle is None])
+        for module, gain in gains.items():
+            if math.isnan(gain):
+                reason = "its statistics or its weight hold infinities, NaNs or negative variances"
+                obstacles[module] = ("not-finite", reason)
+        return {
+            module: BatchNorm(
+                num_features=self.kinds.num_features(module),
+                channel_axis=self.batchnorm_kinds[module].channel_axis,
+                only_normalises=self.kinds.only_normalises(module),
+                parameters=tuple(self.tensors[tensor] for tensor in self.owned[module].values()),
+                gain=gains.get(module, 1.0),
+                obstacle=obstacle,
+            )
+            for module, obstacle in obstacles.items()
+        }
 
-    def _look_at_batchnorm(self, module: nn.Module) -> BatchNorm:
-        kind = self.batchnorm_kinds[module]
-        obstacle = self._common_obstacle(module) or self._batchnorm_obstacle(module, kind)
-        return BatchNorm(
-            num_features=self.kinds.num_features(module),
-            channel_axis=kind.channel_axis,
-            only_normalises=self.kinds.only_normalises(module),
-            parameters=tuple(self.tensors[tensor] for tensor in self.owned[module].values()),
-            gain=1.0 if obstacle is not None else rounding_gain(*kind.numbers(module)),
-            obstacle=obstacle,
-        )
+    def _gains(self, modules: Sequence[nn.Module]) -> dict[nn.Module, float]:
+        """How much larger rounding errors are behind each BatchNorm; NaN where its numbers are none.
+
+        All BatchNorms of a device are looked at in one go, since they are many and small.
+        """
+        gains: dict[nn.Module, float] = {}
+        by_device: dict[torch.device, list[nn.Module]] = defaultdict(list)
+        for module in modules:
+            by_device[next(iter(self.owned[module].values())).device].append(module)
+        for together in by_device.values():
+            columns = [_in_columns(self.batchnorm_kinds[module].numbers(module)) for module in together]
+            numbers = torch.cat(columns, 1)  # (5, channels of all)
+            is_sound = numbers.isfinite().all(0) & (numbers[1] >= 0)
+            of_channels = torch.where(is_sound, rounding_gain(*numbers), math.nan)
+            of_modules = [gain.max() for gain in of_channels.split([column.shape[1] for column in columns])]
+            gains.update(zip(together, torch.stack(of_modules).tolist(), strict=True))
+        return gains
 
     def _common_obstacle(self, module: nn.Module) -> Obstacle | None:
         if module in self._sealed:
@@ -170,10 +196,15 @@ class Census:
                 "unusual-weight",
                 "its statistics or its weight are of a tensor subclass, which may mean other numbers",
             )
-        numbers_in_one = torch.stack([tensor.double() for tensor in used])
-        if not bool(numbers_in_one.isfinite().all() & (var >= 0).all()):
-            return "not-finite", "its statistics or its weight hold infinities, NaNs or negative variances"
         return None
+
+
+def _in_columns(numbers: Normalisation) -> Tensor:
+    """The numbers of a BatchNorm with C channels as float64, (5, C)."""
+    mean, var, weight, bias, eps = numbers
+    weight = torch.ones_like(mean) if weight is None else weight
+    bias = torch.zeros_like(mean) if bias is None else bias
+    return torch.stack([tensor.detach().double() for tensor in (mean, var, weight, bias, torch.full_like(mean, eps))])
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -48,7 +48,8 @@ _ESCAPES = {
     Tensor.data.__set__,  # type: ignore[attr-defined]
 }
 
-_WITHOUT_TENSORS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
+WITHOUT_TENSORS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
+"""Types of what holds no tensor and may be shared by a copy."""
 
 _Facts = TypeVar("_Facts", Layer, BatchNorm)
 
@@ -122,7 +123,7 @@ class Recorder:
         for tensor, name in self._census.tensors.items():
             self._ledger.register(tensor, name)
         for module in self._batchnorms:
-            self.graph.batchnorms[self._census.names[module]] = self._census.batchnorm(module)
+            self.graph.batchnorms[self._census.names[module]] = self._census.batchnorms[module]
 
     def __enter__(self) -> Recorder:
         with ExitStack() as stack:
@@ -598,7 +599,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
         branch = pending.pop()
         if isinstance(branch, Tensor):
             yield branch
-        elif type(branch) not in _WITHOUT_TENSORS and id(branch) not in seen and not isinstance(branch, nn.Module):
+        elif type(branch) not in WITHOUT_TENSORS and id(branch) not in seen and not isinstance(branch, nn.Module):
             seen.add(id(branch))
             pending.extend(reversed(_branches(branch)))
 

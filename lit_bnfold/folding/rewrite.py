@@ -6,8 +6,6 @@ model holds it. Each fold is whole before the next begins, so whatever happens t
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -28,16 +26,16 @@ from lit_bnfold.folding.algebra import (
 )
 from lit_bnfold.folding.census import Census
 from lit_bnfold.folding.computed import Undo, bake, computed_tensors
+from lit_bnfold.folding.copying import copy_model, stand_in
 from lit_bnfold.folding.graph import FoldingError
 from lit_bnfold.folding.kinds import KINDS, NORMALISING, Kinds, LayerKind, Rest, own_tensors
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
-from lit_bnfold.folding.record import tensors_in
 from lit_bnfold.folding.transparent import UNTOUCHED
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def apply_plan(plan: FoldingPlan, model: nn.Module, *, inplace: bool = False, kinds: Kinds = KINDS) -> nn.Module:
+def apply_plan(plan: FoldingPlan, model: _Model, *, inplace: bool = False, kinds: Kinds = KINDS) -> _Model:
     """Fold a model by a plan.
 
     Args:
@@ -55,6 +53,11 @@ def apply_plan(plan: FoldingPlan, model: nn.Module, *, inplace: bool = False, ki
     """
     _check_fit(plan, model, kinds)
     _check_obstacles(plan, model, kinds)
+    return fold_model(plan, model, inplace=inplace, kinds=kinds)
+
+
+def fold_model(plan: FoldingPlan, model: _Model, *, inplace: bool, kinds: Kinds) -> _Model:
+    """Fold a model by a plan that was made for it just now, and so needs no check; see ``apply_plan``."""
     # Inside `torch.inference_mode()` the new parameters would be such as can never be trained again.
     with torch.inference_mode(False):
         if not inplace:
@@ -74,17 +77,6 @@ def _numbers_to_be_replaced(plan: FoldingPlan, model: nn.Module) -> dict[int, An
     stay = {tensor for module in modules.values() for tensor in own_tensors(module).values()}
     dropped = [tensor for module in gone.values() for tensor in own_tensors(module).values() if tensor not in stay]
     return {id(tensor): stand_in(tensor) for tensor in (*replaced, *dropped) if tensor is not None}
-
-
-def stand_in(tensor: Tensor) -> Tensor:
-    """Another tensor on the same memory, if the tensor is an ordinary one; else the tensor itself."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
-        return tensor
-    other = tensor.detach()
-    if isinstance(tensor, nn.Parameter):
-        other = nn.Parameter(other, tensor.requires_grad)
-    vars(other).update(vars(tensor))
-    return other
 
 
 @contextmanager
@@ -154,35 +146,10 @@ def _no_change() -> None:
     """The way back to what did not change."""
 
 
-def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
-    """Copy a model; a tensor that its last run left on it with a gradient history is copied without that.
-
-    Args:
-        model: The model.
-        memo: What to take instead of a copy, by the ``id`` of the original.
-
-    Raises:
-        FoldingError: If it cannot be copied.
-    """
-    held = [value for module in model.modules() for value in vars(module).values()]
-    left: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in tensors_in(held) if not tensor.is_leaf}
-    # A module holds a dozen empty containers, which take `deepcopy` longer than all the rest.
-    left |= {id(value): type(value)() for value in held if type(value) in (dict, OrderedDict, set) and not value}
-    try:
-        copied = copy.deepcopy(model, left | (memo or {}))
-    except Exception as error:
-        raise FoldingError(f"The model cannot be copied: {error}") from error
-    passed_on = {id(other) for other in (memo or {}).values()}
-    parts = {id(part) for part in (*model.modules(), *model.parameters())} - passed_on
-    if any(id(part) in parts for part in (*copied.modules(), *copied.parameters())):
-        raise FoldingError("The model cannot be copied: its copy holds parts of the model itself.")
-    return copied
-
-
 def _check_obstacles(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
     modules, census = dict(model.named_modules()), Census(model, kinds)
     for fold in plan.folds:
-        obstacle = census.batchnorm(modules[fold.batchnorm]).obstacle
+        obstacle = census.batchnorms[modules[fold.batchnorm]].obstacle
         for part in fold.parts:
             layer = census.layer(modules[part.layer])
             if layer.computed and not part.baked:

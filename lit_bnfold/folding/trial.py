@@ -15,20 +15,19 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lit_bnfold.folding.computed import bake, computed_tensors
+from lit_bnfold.folding.copying import twin_of
 from lit_bnfold.folding.graph import FoldingError, Obstacle, ValueGraph
 from lit_bnfold.folding.kinds import Kinds
 from lit_bnfold.folding.moved import Function, moves
 from lit_bnfold.folding.plan import FoldingPlan
 from lit_bnfold.folding.record import Recorder, tensors_in
-from lit_bnfold.folding.rewrite import copy_model, erase, stand_in
-
-_Model = TypeVar("_Model", bound=nn.Module)
+from lit_bnfold.folding.rewrite import erase
 
 
 class Run(NamedTuple):
@@ -114,7 +113,7 @@ def run_as_it_is(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     Raises:
         FoldingError: If the model cannot be copied or does not run on the arguments.
     """
-    twin = _twin(model)
+    twin = twin_of(model)
     batchnorms = {name for name, module in twin.named_modules() if kinds.batchnorm(module) is not None}
     tape = Tape(batchnorms)
     recorder = Recorder(twin, kinds, instead=tape.record)
@@ -139,7 +138,7 @@ def obstacle_to(
     Returns:
         What is in the way of the plan as a whole; None if the model does the same with it.
     """
-    twin = _twin(model)
+    twin = twin_of(model)
     modules = dict(twin.named_modules())
     moved = moves(plan, modules, kinds)
     baked = [name for name in moved if computed_tensors(modules[name])]
@@ -208,19 +207,13 @@ def _agree(expected: Any, found: Any) -> bool:
 def _is_near(expected: Tensor, found: Tensor) -> bool:
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return False
-    if not expected.is_floating_point() or not expected.numel():
+    if not expected.is_floating_point() or not expected.numel() or torch.equal(expected, found):
         return True
     # On average, since rounding may flip a decision here or there; a fold that is wrong moves more than that.
     error, scale = (found - expected).double().square(), expected.double().square()
     finite = error.isfinite() & scale.isfinite()
     error, scale = error[finite].mean(), scale[finite].mean()
     return not bool(error.sqrt() > torch.finfo(expected.dtype).eps ** 0.5 * scale.sqrt())
-
-
-def _twin(model: _Model) -> _Model:
-    """A copy of the model around the memory of its parameters and buffers; running it leaves no trace in the model."""
-    # Stand-ins, so that code which holds on to the model's own tensors, as a closure does, can be told apart.
-    return copy_model(model, {id(tensor): stand_in(tensor) for tensor in (*model.parameters(), *model.buffers())})
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lit_bnfold.folding import Fold, FoldingError, FoldingPlan, Part, fold_batchnorm, plan_folding
-from lit_bnfold.folding.rewrite import apply_plan, copy_model, fold_structure, folded_in_place
+from lit_bnfold.folding.copying import copy_model
+from lit_bnfold.folding.rewrite import apply_plan, fold_structure, folded_in_place
 
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 Randomised = Callable[[nn.Module], nn.Module]
