@@ -79,7 +79,8 @@ def _deepcopy(model: _Model, modules: list[nn.Module], memo: dict[int, Any]) -> 
     ordinary = [module for module in modules if id(module) not in memo and _is_copied_as_usual(type(module))]  # type: ignore[arg-type]
     for module in ordinary:
         memo[id(module)] = type(module).__new__(type(module))
-    for module in ordinary:
+    # Those inside first, so that whoever copies itself in a way of its own finds them whole.
+    for module in reversed(ordinary):
         copied = vars(memo[id(module)])
         state = module.__getstate__() if hasattr(module, "__getstate__") else vars(module)
         for key, value in state.items():

@@ -162,6 +162,7 @@ class BatchNorm:
         only_normalises: Whether its forward does nothing besides.
         parameters: Names of its parameters and buffers.
         gain: How many times larger a rounding error of a layer is behind it.
+        eps: What it adds to its variance, as the run has shown; None where its attributes tell.
         obstacle: Why it has to stay whatever the run did; None if nothing is in the way.
     """
 
@@ -171,6 +172,7 @@ class BatchNorm:
     parameters: tuple[str, ...]
     gain: float
     obstacle: Obstacle | None
+    eps: float | None = None
 
 
 @dataclass

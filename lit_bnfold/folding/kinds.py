@@ -91,7 +91,7 @@ class BatchNormKind:
         running_var: Name of the attribute with the variance of each channel, (C,).
         weight: Name of the attribute with the factor of each channel, (C,); it may be missing or None.
         bias: Name of the attribute with the offset of each channel, (C,); it may be missing or None.
-        eps: Name of the attribute with what is added to the variance; where it is missing, nothing is.
+        eps: Name of the attribute with what is added to the variance; where it is missing, the usual values are tried.
         channel_axis: Axis of its input that the channels lie on; counted from the end if negative.
 
     Example:
@@ -123,13 +123,18 @@ class BatchNormKind:
         """Mean and variance of each channel of a module, (C,); None where it keeps none."""
         return getattr(module, self.running_mean, None), getattr(module, self.running_var, None)
 
-    def numbers(self, module: nn.Module) -> Normalisation:
-        """All numbers of a module that keeps statistics."""
+    def numbers(self, module: nn.Module, eps: float | None = None) -> Normalisation:
+        """All numbers of a module that keeps statistics.
+
+        Args:
+            module: The module.
+            eps: Its eps, where it has no attribute for it.
+        """
         mean, var = self.statistics(module)
         assert mean is not None
         assert var is not None
         weight, bias = getattr(module, self.weight, None), getattr(module, self.bias, None)
-        return Normalisation(mean, var, weight, bias, getattr(module, self.eps, 0.0))
+        return Normalisation(mean, var, weight, bias, getattr(module, self.eps, 0.0) if eps is None else eps)
 
 
 LAYER_KINDS = (

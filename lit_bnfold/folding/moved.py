@@ -65,7 +65,7 @@ def moves(
             move = partial(
                 with_batchnorm,
                 direction=fold.direction,
-                numbers=kind.numbers(modules[fold.batchnorm]),
+                numbers=kind.numbers(modules[fold.batchnorm], fold.eps),
                 part=part,
                 channel_axis=layer.channel_axis,
             )

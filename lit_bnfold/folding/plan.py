@@ -45,12 +45,14 @@ class Fold:
         direction: ``backward`` into layers before the BatchNorm, ``forward`` into layers after it, ``parallel`` into a
             layer of the same input that it is added to.
         note: A warning, in a sentence, if its numbers cost many digits; else None.
+        eps: What it adds to its variance, if only a run could tell; None where it is an attribute of the module.
     """
 
     batchnorm: str
     parts: tuple[Part, ...]
     direction: str = "backward"
     note: str | None = None
+    eps: float | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -120,7 +122,7 @@ class FoldingPlan:
 
         Example:
             >>> FoldingPlan((Fold("bn", (Part("fc"),)),)).to_dict()["folds"]  # doctest: +ELLIPSIS
-            [{'batchnorm': 'bn', 'parts': [{...}], 'direction': 'backward', 'note': None}]
+            [{'batchnorm': 'bn', 'parts': [{...}], 'direction': 'backward', 'note': None, 'eps': None}]
         """
         folds = [asdict(fold) | {"parts": [_part_to_dict(part) for part in fold.parts]} for fold in self.folds]
         return {"version": MANIFEST_VERSION, "folds": folds, "kept": [asdict(kept) for kept in self.kept]}
@@ -171,5 +173,11 @@ def _fold_from_dict(fold: dict[str, Any]) -> Fold:
         channels = None if channels is None else tuple(int(channel) for channel in channels)
         # Files of before there were notes and baked weights do not speak of them.
         parts.append(Part(str(part["layer"]), channels, float(part["shift"]), bool(part.get("baked", False))))
-    note = fold.get("note")
-    return Fold(str(fold["batchnorm"]), tuple(parts), fold["direction"], None if note is None else str(note))
+    note, eps = fold.get("note"), fold.get("eps")
+    return Fold(
+        batchnorm=str(fold["batchnorm"]),
+        parts=tuple(parts),
+        direction=fold["direction"],
+        note=None if note is None else str(note),
+        eps=None if eps is None else float(eps),
+    )

@@ -8,6 +8,7 @@ symbolically: the model runs as it is, and what the witnesses saw is what happen
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
@@ -50,6 +51,9 @@ _ESCAPES = {
 
 WITHOUT_TENSORS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
 """Types of what holds no tensor and may be shared by a copy."""
+
+# Those of torch, of TensorFlow and of published detection models.
+_USUAL_EPS = (1e-5, 1e-3, 1e-6, 1e-4, 1e-8, 1e-12, 0.0)
 
 _Facts = TypeVar("_Facts", Layer, BatchNorm)
 
@@ -316,10 +320,14 @@ class Recorder:
         """Enter what a BatchNorm did by itself as one call, if it is what torch's own does."""
         name = self._census.names[module]
         facts = self.graph.batchnorms[name]
-        with self._look_away():
-            is_usual = facts.obstacle is not None or _is_usual(kind, module, args, output)
-        if not is_usual:
-            self.graph.batchnorms[name] = _add_obstacle(facts, "own-forward", "it does something else than a BatchNorm")
+        if facts.obstacle is None:
+            with self._look_away():
+                eps = _eps_of(kind, module, args)
+            if eps is None or not isinstance(output, Tensor) or (facts.eps is not None and facts.eps != eps):
+                facts = _add_obstacle(facts, "own-forward", "it does something else than a BatchNorm")
+            elif not hasattr(module, kind.eps):
+                facts = replace(facts, eps=eps)
+            self.graph.batchnorms[name] = facts
         self._add_call("batchnorm", "batch_norm", (*args, *own_tensors(module).values()), output=output, owner=name)
 
     def _run_layer(self, module: nn.Module, kind: LayerKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -627,27 +635,29 @@ def _with_refs(tree: Any, refs: dict[int, Ref]) -> Any:
     return tree
 
 
-def _is_usual(kind: BatchNormKind, module: nn.Module, args: tuple[Any, ...], output: Any) -> bool:
-    """Whether what a BatchNorm made of its input is what torch's own would have made."""
-    if len(args) != 1 or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
-        return False
-    input, (mean, var, weight, bias, eps) = args[0], kind.numbers(module)
-    axis = kind.channel_axis if kind.channel_axis >= 0 else input.dim() + kind.channel_axis
-    if (
-        not 0 < axis < input.dim()
-        or input.shape[axis] != len(mean)
-        or (input.shape, input.dtype)
-        != (
-            output.shape,
-            output.dtype,
-        )
-    ):
-        return False
-    rows = input.movedim(axis, 1)  # (N, ..., C, ...) -> (N, C, ...)
-    expected = F.batch_norm(rows, mean, var, weight, bias, training=False, eps=eps).movedim(1, axis)
-    tolerance = 1e-9 if output.dtype == torch.float64 else 1e-3 if output.dtype == torch.float32 else 5e-2
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
-    return torch.allclose(output, expected, rtol=0.0, atol=tolerance * scale)
+def _eps_of(kind: BatchNormKind, module: nn.Module, args: tuple[Any, ...]) -> float | None:
+    """With which eps a module does what torch's own BatchNorm does; None if it does something else.
+
+    A copy is asked, in float64 and with small variances, since others would hide it.
+    """
+    if len(args) != 1 or not isinstance(args[0], Tensor) or not args[0].is_floating_point() or not args[0].numel():
+        return None
+    input, exact = args[0].detach().double(), copy.deepcopy(module).double()
+    axis = kind.channel_axis % max(1, input.dim())
+    if axis == 0 or input.shape[axis] != len(kind.numbers(exact).mean):
+        return None
+    with torch.no_grad():
+        kind.numbers(exact).var.fill_(1e-6)
+        output = exact(input)
+    for eps in (kind.numbers(exact).eps,) if hasattr(module, kind.eps) else _USUAL_EPS:
+        mean, var, weight, bias, _ = kind.numbers(exact)
+        rows = input.movedim(axis, 1)  # (N, ..., C, ...) -> (N, C, ...)
+        expected = F.batch_norm(rows, mean, var, weight, bias, training=False, eps=eps).movedim(1, axis)
+        if isinstance(output, Tensor) and output.shape == expected.shape and output.dtype == expected.dtype:
+            near = 1e-9 * expected.abs().amax().nan_to_num(0.0)
+            if torch.allclose(output, expected, rtol=0.0, atol=float(near)):
+                return eps
+    return None
 
 
 @cache

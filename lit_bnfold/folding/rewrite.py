@@ -189,7 +189,7 @@ def _fold(fold: Fold, modules: dict[str, Any], kinds: Kinds) -> list[Undo]:
     assert kind is not None
     undos: list[Undo] = []
     with torch.no_grad():
-        scale, shift = scale_and_shift(*kind.numbers(batchnorm))
+        scale, shift = scale_and_shift(*kind.numbers(batchnorm, fold.eps))
         try:
             for part in fold.parts:
                 layer = modules[part.layer]

@@ -151,7 +151,8 @@ class _Search:
         parts = tuple(self._part(layer) for layer in in_order)
         self._check_erasure()
         self._check_other_paths()
-        return Fold(self.name, parts, self.direction, _note(self.graph.batchnorms[self.name].gain))
+        facts = self.graph.batchnorms[self.name]
+        return Fold(self.name, parts, self.direction, _note(facts.gain), facts.eps)
 
     def _walk(self) -> None:
         raise NotImplementedError

@@ -249,6 +249,37 @@ class FrozenBatchNorm1d(nn.Module):
         return output.relu() if self.rectifies else output
 
 
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 1e-12, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_eps_that_stands_in_the_forward_alone_is_found_out(eps: float, dtype: torch.dtype, agree: Any) -> None:
+    class HiddenBatchNorm(FrozenBatchNorm1d):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.eps
+            self.running_var.uniform_(1e-9, 1e-3)
+
+        def forward(self, input: Tensor) -> Tensor:
+            scale = self.weight * (self.running_var + eps).rsqrt()
+            return input * scale + (self.bias - self.running_mean * scale)
+
+    model = nn.Sequential(nn.Linear(3, 4), HiddenBatchNorm(), nn.Tanh()).to(dtype).eval()
+    plan = plan_folding(model, (X.to(dtype),))
+    assert [(fold.batchnorm, fold.eps) for fold in plan.folds] == [("1", eps)]
+    # The statistics of another copy may be others.
+    exact = copy.deepcopy(model).double()
+    exact[1].running_var.uniform_(1e-12, 1e-6)
+    agree(exact, FoldingPlan.from_dict(plan.to_dict()).apply(exact), [(X,)], tolerance=1e-9)
+
+
+def test_batchnorm_that_is_only_nearly_one_is_kept() -> None:
+    class NearlyBatchNorm(FrozenBatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 1.0005
+
+    model = nn.Sequential(nn.Linear(3, 4), NearlyBatchNorm()).float().eval()
+    assert [kept.code for kept in plan_folding(model, (X.float(),)).kept] == ["own-forward"]
+
+
 def test_frozen_batchnorm_is_folded_if_it_does_what_a_batchnorm_does(judge: Judge) -> None:
     judge(nn.Sequential(nn.Linear(3, 4), FrozenBatchNorm1d(), nn.ReLU()), X, folds={"1": ["0"]})
     judge(nn.Sequential(nn.Linear(3, 4), FrozenBatchNorm1d(rectifies=True)), X, kept={"1": "own-forward"})

@@ -311,3 +311,42 @@ def test_copy_of_a_model_whose_copy_shares_parameters_is_refused() -> None:
 
     with pytest.raises(FoldingError, match="its copy holds parts of the model itself"):
         copy_model(Shallow(nn.Linear(3, 4)))
+
+
+def test_copy_that_forgets_its_mode_is_put_into_it(net: Any, randomised: Randomised, agree: Any) -> None:
+    class Forgetful(nn.Sequential):
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            return Forgetful(*copy.deepcopy(list(self), memo))
+
+    layers = Forgetful(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4))
+    model = randomised(nn.Sequential(layers, nn.Tanh()).double()).eval()
+    folded = fold_batchnorm(model, (X,))
+    assert isinstance(folded[0][3], nn.BatchNorm1d)
+    assert not any(module.training for module in folded.modules())
+    agree(model, folded, [(X,), (X[:2],)])
+
+
+def test_copies_share_what_the_originals_share() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first: dict[str, Any] = {}
+            self.second = self.first
+            self.empty: list[Any] = []
+            self.layer = nn.Linear(2, 2)
+            self.same = [self.layer, self.layer.weight, self.first]
+            self.name = "odd"
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            super().__setstate__(state)
+            self.name = self.name + self.layer.__class__.__name__
+
+    model = nn.Sequential(Odd(), nn.ReLU())
+    copied = copy_model(model)[0]
+    assert copied.first is copied.second is copied.same[2]
+    assert copied.first is not model[0].first
+    assert copied.same[0] is copied.layer is not model[0].layer
+    assert copied.same[1] is copied.layer.weight
+    assert copied.empty == []
+    assert copied.empty is not model[0].empty
+    assert copied.name == "oddLinear"
