@@ -34,10 +34,11 @@ def with_batchnorm(layer: Function, direction: str, numbers: Normalisation, part
     def run(input: Tensor, *args: object, **kwargs: object) -> Tensor:
         if direction == "backward":
             return _normalised(layer(input, *args, **kwargs), numbers, part, channel_axis)
-        normalised = _normalised(input, numbers, part, channel_axis)
         if direction == "forward":
-            return layer(normalised, *args, **kwargs)
-        return layer(input, *args, **kwargs) + normalised
+            return layer(_normalised(input, numbers, part, channel_axis), *args, **kwargs)
+        # Beside the layer, the whole of it is added, or taken away.
+        whole = _normalised(input, numbers, Part(part.layer, part.channels), channel_axis)
+        return layer(input, *args, **kwargs) + part.shift * whole
 
     return run
 

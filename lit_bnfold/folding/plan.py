@@ -24,7 +24,7 @@ class Part:
         layer: Name of the layer.
         channels: The BatchNorm's channel for each channel of the layer, of its outputs or, if the fold is forward, of
             its inputs; -1 where the layer stays as it is. None where channel ``i`` is channel ``i``.
-        shift: The share of the shift that this layer takes.
+        shift: The share of the shift that this layer takes; beside the layer, that of the scale as well.
         baked: Whether the layer computes its weight at every call, so that the weight of the moment is made a parameter
             before it takes anything.
     """

@@ -228,7 +228,7 @@ def _folded_numbers(
     elif direction == "forward":
         weight, bias = fold_into_inputs(weight, layer.bias, scale, shift, groups=groups)
     else:
-        weight, bias = add_identity(weight, layer.bias, scale, shift)
+        weight, bias = add_identity(weight, layer.bias, part.shift * scale, shift)
     return {"weight": weight.view(layer.weight.shape), "bias": bias}
 
 
@@ -284,8 +284,8 @@ class Zero(nn.Module):
     """What is left of a BatchNorm that was folded into a layer beside it: it adds nothing."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """A zero of shape () for an input of any shape."""
-        return input.new_zeros(())
+        """Zeros for an input of any shape, that share the memory of one."""
+        return input.new_zeros(()).expand(input.shape)
 
 
 def erase(batchnorm: nn.Module, direction: str, kinds: Kinds = KINDS) -> Undo:

@@ -12,9 +12,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-from lit_bnfold.folding.graph import Call, Layer, Obstacle, Value, ValueGraph
+from lit_bnfold.folding.graph import Call, Layer, Obstacle, Ref, Value, ValueGraph
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
-from lit_bnfold.folding.transparent import RULES, Channels, NotTransparent
+from lit_bnfold.folding.transparent import RULES, Channels, NotTransparent, adds_nothing
 
 # A BatchNorm beside another one that stays: once that one is folded, this one may be as well.
 # Three digits.
@@ -446,38 +446,54 @@ class _Parallel(_Search):
     def _walk(self) -> None:
         if len(self.calls) > 1 or not self.graph.batchnorms[self.name].only_normalises:
             raise _StaysError("other-call", "it is called several times, or does more than normalise")
-        output = self.graph.values[self.calls[0].outputs[0]]
-        self._check_hidden(output)
-        for call in self.graph.users(output):
-            if len(output.users) > 1 or not _is_plain_sum(self.graph, call):
-                raise self._seen_by(output, call)
-            other = next(index for index in call.inputs if index != output.index)
-            layer = self._addend(self.graph.values[other], call)
-            if layer is None and self.meets_batchnorm:
-                raise _StaysError("before-batchnorm", "it is added to what another BatchNorm gave, which stays")
-            if layer is None:
-                raise _StaysError("no-layer", "it is not added to the output of a layer of the same input")
-            self._check_unwritten_between(self.graph.values[layer.inputs[0]], (layer, self.calls[0]))
-            assert layer.owner is not None
-            self.layers[layer.owner] = None
+        output = value = self.graph.values[self.calls[0].outputs[0]]
+        while _is_sum_with_nothing(reader := self._only_reader(value)):
+            value = self.graph.values[reader.outputs[0]]
+        if not _is_sum(self.graph, reader):
+            raise self._seen_by(value, reader)
+        if _writes(reader) and reader.inputs[0] == output.index:
+            raise _StaysError("written", f"its output is written in place by {self.graph.where(reader)}")
+        other = next(index for index in reader.inputs if index != value.index)
+        found = self._addend(self.graph.values[other], reader)
+        if found is None and self.meets_batchnorm:
+            raise _StaysError("before-batchnorm", "it is added to what another BatchNorm gave, which stays")
+        if found is None:
+            raise _StaysError("no-layer", "it is not added to the output of a layer of the same input")
+        layer, sign = found
+        self._sign = sign * _sign(reader, value.index)
+        self._check_unwritten_between(self.graph.values[layer.inputs[0]], (layer, self.calls[0]))
+        assert layer.owner is not None
+        self.layers[layer.owner] = None
 
-    def _addend(self, value: Value, reader: Call) -> Call | None:
-        """The layer's call that made a value, alone or as one of several summands, if it could take the BatchNorm."""
+    def _only_reader(self, value: Value) -> Call:
+        if value.fate is not None:
+            raise _StaysError("kept-alive", f"{self._named(value)} {value.fate}")
+        if value.storage in self.graph.aliased:
+            raise _StaysError("aliased", f"{self._named(value)} {self.graph.aliased[value.storage]}")
+        readers = self.graph.users(value)
+        if len(readers) != 1:
+            raise self._seen_by(value, readers[-1]) if readers else _StaysError("no-layer", "nothing reads its output")
+        return readers[0]
+
+    def _addend(self, value: Value, reader: Call) -> tuple[Call, float] | None:
+        """The layer's call that made a value, alone or as one of several summands, if it could take the BatchNorm.
+
+        With it comes the sign with which it goes into the sum that ``reader`` makes.
+        """
         maker = self.graph.maker(value)
+        # Read by nobody else, it was not written in between either: that would have read it, or made a view of it.
         if maker is None or value.users != [reader.index] or value.fate is not None:
             return None
-        if value.storage in self.graph.writers or value.storage in self.graph.aliased:
+        if value.storage in self.graph.aliased:
             return None
+        sign = _sign(reader, value.index)
         if maker.kind == "layer":
-            return maker if self._is_fit(maker) else None
+            return (maker, sign) if self._is_fit(maker) else None
         self.meets_batchnorm |= maker.kind == "batchnorm" and not self._is_passed(maker)
-        if self._is_passed(maker) or maker.name == "aten.add.Tensor":
-            is_sum = maker.kind == "operation"
-            if is_sum and not _is_plain_sum(self.graph, maker) and len(maker.inputs) > 1:
-                return None
-            sources = maker.inputs if is_sum else maker.inputs[:1]
+        if self._is_passed(maker) or _is_sum_with_nothing(maker) or _is_sum(self.graph, maker):
+            sources = maker.inputs if maker.kind == "operation" else maker.inputs[:1]
             found = (self._addend(self.graph.values[index], maker) for index in sources)
-            return next((call for call in found if call is not None), None)
+            return next(((call, sign * inner) for call, inner in filter(None, found)), None)
         return None
 
     def _is_fit(self, call: Call) -> bool:
@@ -494,13 +510,29 @@ class _Parallel(_Search):
         )
 
     def _part_of_call(self, name: str, layer: Layer, call: Call) -> Part:
-        return Part(name)
+        return Part(name, shift=self._sign)
 
 
-def _is_plain_sum(graph: ValueGraph, call: Call) -> bool:
-    """Whether a call adds two different tensors of one shape, each once."""
-    is_add = call.name == "aten.add.Tensor" and not call.kwargs and len(call.args) == 2 and len(call.inputs) == 2
-    return is_add and len({graph.values[index].shape for index in (*call.inputs, *call.outputs)}) == 1
+_SUMS = ("aten.add.Tensor", "aten.add_.Tensor", "aten.sub.Tensor", "aten.sub_.Tensor")
+
+
+def _is_sum(graph: ValueGraph, call: Call) -> bool:
+    """Whether a call adds or subtracts two different tensors of one shape, each once."""
+    is_sum = call.name in _SUMS and not call.kwargs and len(call.args) == 2 and len(call.inputs) == 2
+    return is_sum and len({graph.values[index].shape for index in (*call.inputs, *call.outputs)}) == 1
+
+
+def _is_sum_with_nothing(call: Call) -> bool:
+    return call.name == "aten.add.Tensor" and not call.kwargs and adds_nothing(call)
+
+
+def _sign(call: Call, value: int) -> float:
+    """The sign with which a value goes into a sum."""
+    return -1.0 if call.name.startswith("aten.sub") and call.args[1] == Ref(value) else 1.0
+
+
+def _writes(call: Call) -> bool:
+    return call.name in ("aten.add_.Tensor", "aten.sub_.Tensor")
 
 
 def _layout(value: Value) -> tuple[int, ...]:

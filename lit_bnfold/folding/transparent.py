@@ -364,8 +364,8 @@ def _join_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
     return [next(iter(maps.values())).with_labels(torch.cat(aligned, axis))]
 
 
-def _adds_nothing(call: Call) -> bool:
-    # As `sum` does, which begins with the number 0.
+def adds_nothing(call: Call) -> bool:
+    """Whether a sum is one with the number 0, with which ``sum`` begins."""
     return len(call.inputs) == 1 and 0 in call.args[:2]
 
 
@@ -379,14 +379,14 @@ def _terms(graph: ValueGraph, call: Call) -> list[int]:
 
 
 def _add_up(graph: ValueGraph, call: Call, output: int, channels: Channels) -> list[tuple[int, Channels]]:
-    if _adds_nothing(call):
+    if adds_nothing(call):
         return [(call.inputs[0], channels)]
     first, second = _terms(graph, call)
     return [(first, channels), (second, replace(channels, shift=0.0))]
 
 
 def _add_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list[Channels]:
-    if _adds_nothing(call):
+    if adds_nothing(call):
         return [maps[call.inputs[0]]]
     first, second = (maps.get(index) for index in _terms(graph, call))
     if first is None or second is None or not torch.equal(first.labels, second.labels):

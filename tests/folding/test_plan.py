@@ -373,6 +373,76 @@ def test_bare_batchnorm_is_kept(judge: Judge) -> None:
     judge(nn.BatchNorm1d(3), X, kept={"": "no-layer"})
 
 
+# Beside a layer.
+
+
+def in_place(m: Any, x: Tensor) -> Tensor:
+    y = m.bn(m.conv(x))
+    y += m.id(x)
+    return y.relu()
+
+
+def in_place_into_the_identity(m: Any, x: Tensor) -> Tensor:
+    y = 0 + m.id(x)
+    y += m.bn(m.conv(x))
+    return y.relu()
+
+
+def subtracted(m: Any, x: Tensor) -> Tensor:
+    return x + m.scale * (m.bn(m.conv(x)) - m.id(x))
+
+
+def subtracted_from(m: Any, x: Tensor) -> Tensor:
+    return (m.id(x) - m.bn(m.conv(x))).relu()
+
+
+def deep_in_a_sum(m: Any, x: Tensor) -> Tensor:
+    return ((x - (m.other(x) - m.bn(m.conv(x)))) - m.id(x)).relu()
+
+
+def of_sums(m: Any, x: Tensor) -> Tensor:
+    return sum([m.id(x), m.bn(m.conv(x)), m.other(x)]).relu()
+
+
+@pytest.mark.parametrize(
+    "forward", [in_place, in_place_into_the_identity, subtracted, subtracted_from, deep_in_a_sum, of_sums]
+)
+def test_batchnorm_beside_a_convolution_goes_into_it_whatever_the_sum(forward: Any, judge: Judge, net: Any) -> None:
+    model = net(
+        forward,
+        conv=nn.Conv2d(3, 3, 3, padding=1),
+        bn=nn.BatchNorm2d(3),
+        id=nn.BatchNorm2d(3),
+        other=nn.Conv2d(3, 3, 1, groups=3),
+        scale=nn.Parameter(torch.randn(3, 1, 1)),
+    )
+    images = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    others = [(torch.randn(n, 3, 4, 6, dtype=torch.float64),) for n in (1, 2, 3)]
+    taker = "other" if forward is deep_in_a_sum else "conv"
+    judge(model, images, folds={"bn": ["conv"], "id": [taker]}, others=others)
+
+
+def test_identity_that_is_written_in_place_is_kept(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.id(x)
+        y += m.conv(x)
+        return y.relu()
+
+    model = net(forward, conv=nn.Conv2d(3, 3, 3, padding=1), id=nn.BatchNorm2d(3))
+    judge(model, torch.randn(2, 3, 5, 5, dtype=torch.float64), kept={"id": "other-reader"})
+
+
+def test_sum_that_somebody_saw_before_it_was_complete_keeps_the_identity(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        seen = y[:, :1]
+        y += m.id(x)
+        return y.relu() + seen
+
+    model = net(forward, conv=nn.Conv2d(3, 3, 3, padding=1), id=nn.BatchNorm2d(3))
+    judge(model, torch.randn(2, 3, 5, 5, dtype=torch.float64), kept={"id": "other-reader"})
+
+
 # A BatchNorm that stays is a layer to its neighbours.
 
 
