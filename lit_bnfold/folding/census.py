@@ -67,19 +67,29 @@ class Census:
             if is_lazy(tensor):
                 raise FoldingError(f"`{name}` is not initialised: run the model on one batch before folding it.")
 
-    def layer(self, module: nn.Module) -> Layer:
-        """The facts about a weight layer, or about a BatchNorm as one."""
+    def layer(self, module: nn.Module, function: str | None = None) -> Layer:
+        """The facts about a weight layer, or about a BatchNorm as one.
+
+        Args:
+            module: The layer.
+            function: Name of the function that it calls, if it is a layer by that alone.
+        """
+        if module not in self.layer_kinds and (found := self.kinds.layer(module, function)) is not None:
+            self.layer_kinds[module] = found
         kind = self.layer_kinds[module]
         computed = self.computed.get(module, {})
         plain = [tensor for key, tensor in self.owned[module].items() if key in ("weight", "bias")]
         obstacle = self._common_obstacle(module) or self._weight_obstacle(module)
         if kind is NORMALISING:
             obstacle = obstacle or self.batchnorms[module].obstacle or self._as_layer_obstacle(module)
+        weight = self.owned[module].get("weight")
+        in_channels, out_channels = (0, 0) if obstacle is not None else kind.channels(module)
         return Layer(
-            in_channels=getattr(module, kind.in_channels),
-            out_channels=getattr(module, kind.out_channels),
+            function=None if isinstance(module, kind.module) else kind.function.__name__,
+            in_channels=in_channels,
+            out_channels=out_channels,
             channel_axis=kind.channel_axis,
-            kernel=tuple(getattr(module, "kernel_size", ())),
+            kernel=tuple(getattr(module, "kernel_size", ()) if weight is None else weight.shape[2:]),
             takes_inputs=not kind.transposed,
             parameters=tuple(self.tensors[tensor] for tensor in plain),
             computed=tuple(computed),

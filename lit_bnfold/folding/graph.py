@@ -104,6 +104,7 @@ class Layer:
     """What a plan needs to know of a weight layer, or of a BatchNorm that stays and takes others as a layer does.
 
     Attributes:
+        function: Name of the function that it calls, if it is a layer by that alone; None if its class tells.
         in_channels: Length of the channel axis of its input.
         out_channels: Length of the channel axis of its output.
         channel_axis: Which axis that is, counted from the end if negative.
@@ -115,6 +116,7 @@ class Layer:
         obstacle: Why nothing may be folded into it whatever the run did; None if nothing is in the way.
     """
 
+    function: str | None
     in_channels: int
     out_channels: int
     channel_axis: int

@@ -25,8 +25,8 @@ class LayerKind:
         module: The class of its modules.
         function: What its forward calls with the module's own weight and bias, with the arguments ``arguments``.
         channel_axis: Axis of its input and its output that the channels lie on; counted from the end if negative.
-        in_channels: Name of the attribute with the number of input channels.
-        out_channels: Name of the attribute with the number of output channels.
+        in_channels: Name of the attribute with the number of input channels; where it is missing, the weight tells.
+        out_channels: Name of the attribute with the number of output channels, likewise.
         transposed: Whether its weight begins with the input channels.
         arguments: Names of the first arguments of ``function``.
 
@@ -61,6 +61,15 @@ class LayerKind:
     def has_bias(self) -> bool:
         """Whether a module of this kind can have a bias; an Embedding adds one to its rows instead."""
         return "bias" in self.arguments
+
+    def channels(self, module: nn.Module) -> tuple[int, int]:
+        """Numbers of input and of output channels of a module of this kind."""
+        if hasattr(module, self.in_channels) and hasattr(module, self.out_channels):
+            return int(getattr(module, self.in_channels)), int(getattr(module, self.out_channels))
+        weight, groups = module.weight, int(getattr(module, "groups", 1))
+        assert isinstance(weight, Tensor)
+        first, second = weight.shape[0], weight.shape[1] * groups
+        return (first, second) if self.transposed else (second, first)
 
 
 class Normalisation(NamedTuple):
@@ -150,6 +159,9 @@ LAYER_KINDS = (
     ),
 )
 
+KIND_OF_FUNCTION = {kind.function: kind for kind in LAYER_KINDS}
+"""What a module of any class is, if it calls such a function with its own weight and bias."""
+
 NORMALISING = LayerKind(
     _BatchNorm,
     F.batch_norm,
@@ -180,12 +192,20 @@ class Kinds:
     layers: tuple[LayerKind, ...] = ()
     batchnorms: tuple[BatchNormKind, ...] = ()
 
-    def layer(self, module: nn.Module | None) -> LayerKind | None:
-        """The kind of weight layer that a module is; None if it is none."""
+    def layer(self, module: nn.Module | None, function: str | None = None) -> LayerKind | None:
+        """The kind of weight layer that a module is; None if it is none.
+
+        Args:
+            module: The module.
+            function: Name of the function that a module of another class calls with its own weight and bias.
+        """
         kinds = (*self.layers, *LAYER_KINDS, NORMALISING)
         if self.batchnorm(module) not in (None, _TORCHS) or isinstance(module, Rest):
             return None
-        return next((kind for kind in kinds if isinstance(module, kind.module)), None)
+        found = next((kind for kind in kinds if isinstance(module, kind.module)), None)
+        if found is None and function is not None and isinstance(getattr(module, "weight", None), nn.Parameter):
+            found = next((kind for kind in LAYER_KINDS if kind.function.__name__ == function), None)
+        return found
 
     def batchnorm(self, module: nn.Module | None) -> BatchNormKind | None:
         """The kind of BatchNorm that a module is, foldable or not; None if it is none."""

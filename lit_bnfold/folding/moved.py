@@ -61,7 +61,7 @@ def moves(
         kind = kinds.batchnorm(modules[fold.batchnorm])
         assert kind is not None
         for part in fold.parts:
-            layer = kinds.layer(modules[part.layer])
+            layer = kinds.layer(modules[part.layer], part.function)
             assert layer is not None
             move = partial(
                 with_batchnorm,

@@ -27,12 +27,14 @@ class Part:
         shift: The share of the shift that this layer takes; beside the layer, that of the scale as well.
         baked: Whether the layer computes its weight at every call, so that the weight of the moment is made a parameter
             before it takes anything.
+        function: Name of the function that the layer calls, if it is a layer by that alone; None if its class tells.
     """
 
     layer: str
     channels: tuple[int, ...] | None = None
     shift: float = 1.0
     baked: bool = False
+    function: str | None = None
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,17 @@ def _fold_from_dict(fold: dict[str, Any]) -> Fold:
     for part in fold["parts"]:
         channels = part["channels"]
         channels = None if channels is None else tuple(int(channel) for channel in channels)
-        # Files of before there were notes and baked weights do not speak of them.
-        parts.append(Part(str(part["layer"]), channels, float(part["shift"]), bool(part.get("baked", False))))
+        # What a plan of an older release has nothing to say of is left out in it.
+        function = part.get("function")
+        parts.append(
+            Part(
+                layer=str(part["layer"]),
+                channels=channels,
+                shift=float(part["shift"]),
+                baked=bool(part.get("baked", False)),
+                function=None if function is None else str(function),
+            )
+        )
     note, eps = fold.get("note"), fold.get("eps")
     return Fold(
         batchnorm=str(fold["batchnorm"]),

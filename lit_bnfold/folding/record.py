@@ -29,7 +29,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_bnfold.folding.census import Census, is_plain
 from lit_bnfold.folding.graph import BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph
-from lit_bnfold.folding.kinds import KINDS, LAYER_KINDS, NORMALISING, BatchNormKind, Kinds, LayerKind, own_tensors
+from lit_bnfold.folding.kinds import (
+    KIND_OF_FUNCTION,
+    KINDS,
+    LAYER_KINDS,
+    NORMALISING,
+    BatchNormKind,
+    Kinds,
+    LayerKind,
+    own_tensors,
+)
 
 # Through these, Python gets hold of numbers or of memory without an operation that a dispatch mode could see.
 _ESCAPES = {
@@ -54,6 +63,8 @@ WITHOUT_TENSORS = {type(None), bool, int, float, complex, str, bytes, torch.dtyp
 
 # Those of torch, of TensorFlow and of published detection models.
 _USUAL_EPS = (1e-5, 1e-3, 1e-6, 1e-4, 1e-8, 1e-12, 0.0)
+
+_RECURRENT = {torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu}
 
 _Facts = TypeVar("_Facts", Layer, BatchNorm)
 
@@ -195,7 +206,7 @@ class Recorder:
         if is_torchs or like is None:
             return
         stack.callback(own.update, {"bias": None}) if "bias" in own else stack.callback(own.pop, "bias")
-        bias = nn.Parameter(like.new_zeros(getattr(module, kind.out_channels)), requires_grad=False)
+        bias = nn.Parameter(like.new_zeros(kind.channels(module)[1]), requires_grad=False)
         own["bias"] = self._lent[module] = bias
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
@@ -265,13 +276,16 @@ class Recorder:
         if module is not None:
             if function is F.batch_norm and module in self._batchnorms:
                 return self._run_batchnorm(module, args, kwargs)
-            kind = self._census.layer_kinds.get(module)
+            kind = self._census.layer_kinds.get(module) or self._kind_by_call(module, function, args, kwargs)
             if kind is not None and function is kind.function and module not in self._batchnorms:
                 return self._run_layer(module, kind, args, kwargs)
             if function is F.batch_norm:
                 self._note_batch_norm_inside()
         if function in (torch.flatten, Tensor.flatten):
             return self._run_flatten(function, args, kwargs)
+        if function in _RECURRENT:
+            # Below, these are hundreds of operations, of which none lets a BatchNorm pass.
+            return self._run_whole("operation", function.__name__, function, args, kwargs)
         if function is F.pad and "circular" in (*args, *kwargs.values()):
             # Below, this is a dozen of writes into slices of one tensor.
             return self._run_whole("operation", "circular_pad", F.pad, args, kwargs)
@@ -280,6 +294,17 @@ class Recorder:
             if isinstance(tensor, Tensor):
                 self._note_python(function, tensor)
         return function(*args, **kwargs)
+
+    def _kind_by_call(
+        self, module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> LayerKind | None:
+        """A module of any class is a layer if it calls a layer's function with a weight and a bias of its own."""
+        kind = KIND_OF_FUNCTION.get(function)
+        weight = self._census.owned.get(module, {}).get("weight")
+        if kind is None or weight is None or module in self._batchnorms:
+            return None
+        given = dict(zip(kind.arguments, args, strict=False)) | kwargs
+        return kind if given.get("weight") is weight else None
 
     def _note_batch_norm_inside(self) -> None:
         """What is left of a BatchNorm that does more leaves out every `batch_norm`, also that of its parts."""
@@ -333,12 +358,16 @@ class Recorder:
     def _run_layer(self, module: nn.Module, kind: LayerKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         name = self._census.names[module]
         with self._look_away():
-            facts = self.graph.layers.get(name) or self._census.layer(module)
+            facts = self.graph.layers.get(name) or self._census.layer(module, kind.function.__name__)
         given = dict(zip(kind.arguments, args, strict=False)) | kwargs
-        if module in self._lent and given.get("bias") is None:
+        is_without = kind.has_bias and given.get("bias") is None
+        if is_without and (module in self._lent or facts.function is not None):
             facts = _add_obstacle(facts, "own-forward", f"the forward of `{name}` would leave out the bias of a fold")
         elif not self._are_own(module, given, kind.arguments[1:]):
             facts = _add_obstacle(facts, "computed-weight", f"`{name}` was called with other tensors than its own")
+        groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+        if facts.kernel and groups != getattr(module, "groups", 1):
+            facts = _add_obstacle(facts, "unusual-weight", f"`{name}` was called with other groups than its own")
         computed = tuple(self._ledger.value(given[key]).index for key in facts.computed if given.get(key) is not None)
         output = self._run_whole("layer", kind.function.__name__, kind.function, args, kwargs, owner=name)
         self.graph.calls[-1].computed = computed

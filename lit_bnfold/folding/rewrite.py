@@ -116,7 +116,7 @@ def fold_structure(plan: FoldingPlan, model: nn.Module) -> None:
     modules = dict(model.named_modules())
     for fold in plan.folds:
         for part in fold.parts:
-            layer, kind = modules[part.layer], KINDS.layer(modules[part.layer])
+            layer, kind = modules[part.layer], KINDS.layer(modules[part.layer], part.function)
             assert kind is not None
             _make_ordinary(layer, kind)
         erase(modules[fold.batchnorm], fold.direction, KINDS)
@@ -132,7 +132,7 @@ def _make_ordinary(layer: Any, kind: LayerKind) -> Undo:
     if weight is None:
         added["weight"] = nn.Parameter(torch.ones_like(like), requires_grad=False)
     if kind.has_bias and bias is None:
-        added["bias"] = nn.Parameter(like.new_zeros(getattr(layer, kind.out_channels)), requires_grad=trainable)
+        added["bias"] = nn.Parameter(like.new_zeros(kind.channels(layer)[1]), requires_grad=trainable)
     layer._parameters.update(added)
 
     def remove() -> None:
@@ -151,7 +151,7 @@ def _check_obstacles(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
     for fold in plan.folds:
         obstacle = census.batchnorms[modules[fold.batchnorm]].obstacle
         for part in fold.parts:
-            layer = census.layer(modules[part.layer])
+            layer = census.layer(modules[part.layer], part.function)
             if layer.computed and not part.baked:
                 obstacle = obstacle or ("computed-weight", f"`{part.layer}` computes its weight at every call")
             obstacle = obstacle or layer.obstacle
@@ -168,15 +168,15 @@ def _check_fit(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
             raise FoldingError(f"The plan folds the BatchNorm `{fold.batchnorm}`; the model has {found} of that name.")
         for part in fold.parts:
             layer = modules.get(part.layer)
-            kind = kinds.layer(layer)
+            kind = kinds.layer(layer, part.function)
             if layer is None or kind is None:
                 found = "nothing" if layer is None else type(layer).__name__
                 raise FoldingError(f"The plan folds into the layer `{part.layer}`; the model has {found} of that name.")
-            side = kind.in_channels if fold.direction == "forward" else kind.out_channels
-            found, features = getattr(layer, side), kinds.num_features(batchnorm)
+            side, name = (0, kind.in_channels) if fold.direction == "forward" else (1, kind.out_channels)
+            has, features = kind.channels(layer)[side], kinds.num_features(batchnorm)
             wanted = features if part.channels is None else len(part.channels)
-            if wanted != found:
-                raise FoldingError(f"The plan wants {wanted} {side} of `{part.layer}`, which has {found}.")
+            if wanted != has:
+                raise FoldingError(f"The plan wants {wanted} {name} of `{part.layer}`, which has {has}.")
             channels = range(features) if part.channels is None else part.channels
             if not set(channels) <= {UNTOUCHED, *range(features)}:
                 raise FoldingError(f"The plan names channels that `{fold.batchnorm}` with {features} has not.")
@@ -193,7 +193,7 @@ def _fold(fold: Fold, modules: dict[str, Any], kinds: Kinds) -> list[Undo]:
         try:
             for part in fold.parts:
                 layer = modules[part.layer]
-                layer_kind = kinds.layer(layer)
+                layer_kind = kinds.layer(layer, part.function)
                 assert layer_kind is not None
                 undos.append(_make_ordinary(layer, layer_kind))
                 numbers = _folded_numbers(fold.direction, part, layer, layer_kind, scale, shift)

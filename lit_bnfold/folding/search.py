@@ -232,7 +232,7 @@ class _Search:
         parts = {self._part_of_call(name, layer, call) for call in self.graph.calls_of[name]}
         if len(parts) > 1:
             raise _StaysError("two-maps", f"`{name}` is called several times and asked for different maps")
-        return replace(parts.pop(), baked=bool(layer.computed))
+        return replace(parts.pop(), baked=bool(layer.computed), function=layer.function)
 
     def _part_along(self, name: str, channels: Channels | None, axis: int, size: int) -> Part:
         if channels is None:

@@ -125,3 +125,72 @@ def test_batchnorm_inside_a_normalisation_of_a_project_is_not_reached() -> None:
     model = nn.Sequential(nn.Linear(3, 4), Holder(4)).double().eval()
     plan = plan_folding(model, (X,), kinds=Kinds(batchnorms=(STANDARDISE,)))
     assert [kept.code for kept in plan.kept] == ["own-forward", "not-reached"]
+
+
+class Own(nn.Module):
+    """A layer of no class that anybody knows, with a function of torch's."""
+
+    def __init__(self, function: Any, *shape: int, bias: bool = True, groups: int = 1) -> None:
+        super().__init__()
+        self.function, self.stated = function, groups
+        self.weight = nn.Parameter(torch.randn(*shape))
+        self.bias = nn.Parameter(torch.randn(shape[0])) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = {} if self.stated == 1 else {"groups": self.stated}
+        return self.function(x, self.weight, self.bias, **grouped)
+
+
+@pytest.mark.parametrize(
+    ("function", "weight", "example"),
+    [
+        (F.linear, (4, 3), (5, 3)),
+        (F.conv1d, (4, 3, 2), (5, 3, 6)),
+        (F.conv2d, (4, 3, 2, 1), (5, 3, 6, 4)),
+        (F.conv_transpose2d, (4, 4, 2, 2), (5, 4, 3, 3)),
+    ],
+)
+def test_module_that_calls_a_function_with_its_own_weight_is_a_layer(
+    function: Any, weight: tuple[int, ...], example: tuple[int, ...], judge: Any, randomised: Any, agree: Any
+) -> None:
+    norm = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(example)]
+    x = torch.randn(example, dtype=torch.float64)
+    model = nn.Sequential(Own(function, *weight), norm(4), nn.Tanh())
+    plan = judge(model, x, folds={"1": ["0"]})
+    assert plan.folds[0].parts[0].function == function.__name__
+    # A plan out of a file finds it as well.
+    other = randomised(nn.Sequential(Own(function, *weight), norm(4), nn.Tanh()).double()).eval()
+    agree(other, type(plan).from_dict(plan.to_dict()).apply(other), [(x,)])
+
+
+def test_module_that_is_a_layer_by_its_call_takes_a_batchnorm_forward(judge: Any) -> None:
+    judge(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3), Own(F.linear, 4, 3)), X, folds={"1": ["2"]})
+
+
+def test_module_that_calls_without_a_bias_or_with_groups_of_its_own_is_no_layer(judge: Any) -> None:
+    judge(nn.Sequential(Own(F.linear, 4, 3, bias=False), nn.BatchNorm1d(4)), X, kept={"1": "own-forward"})
+    images = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    model = nn.Sequential(Own(F.conv2d, 4, 2, 1, 1, groups=2), nn.BatchNorm2d(4))
+    judge(model, images, kept={"1": "unusual-weight"})
+
+
+def test_module_with_several_weights_is_no_layer(judge: Any, net: Any) -> None:
+    class Several(Own):
+        def __init__(self) -> None:
+            super().__init__(F.linear, 3, 3)
+            self.other = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.weight, self.bias), self.other, self.bias)
+
+    judge(nn.Sequential(Several(), nn.BatchNorm1d(3)), X, kept={"1": "computed-weight"})
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_layer_is_one_call_and_lets_nothing_pass(kind: Any, judge: Any, net: Any) -> None:
+    model = net(
+        lambda m, x: m.after(m.cell(m.before(m.fc(x).transpose(1, 2)).transpose(1, 2))[0].transpose(1, 2)),
+        fc=nn.Linear(3, 4), before=nn.BatchNorm1d(4), cell=kind(4, 5, batch_first=True), after=nn.BatchNorm1d(5),
+    )  # fmt: skip
+    sequence = torch.randn(4, 6, 3, dtype=torch.float64)
+    judge(model, sequence, folds={"before": ["fc"]}, kept={"after": "no-layer"})
