@@ -6,12 +6,10 @@ the module does with its networks whatever its own ``validation_step`` does.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import zip_longest
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,9 +18,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_bnfold.folding import Fold, FoldingPlan
+from lit_bnfold.folding import Fold, FoldingPlan, LayerKind, Part
 from lit_bnfold.folding.kinds import KINDS
-from lit_bnfold.folding.moved import moves
+from lit_bnfold.folding.moved import Function, moves, with_its_numbers
 from lit_bnfold.folding.record import Recorder, tensors_in
 from lit_bnfold.folding.search import make_plan
 from lit_bnfold.metrics import OutputError
@@ -140,10 +138,14 @@ class LayerWitness(Witness):
     def __init__(self, pl_module: LightningModule, plan: FoldingPlan) -> None:
         super().__init__(pl_module)
         modules = dict(pl_module.named_modules())
-        self._layers = {part.layer: modules[part.layer] for fold in plan.folds for part in fold.parts}
-        moved = moves(plan, modules, KINDS)
-        self._expected = {name: moved[name](_snapshot(layer)) for name, layer in self._layers.items()}
-        self.errors = {name: OutputError() for name in self._layers}
+        self._moves = moves(plan, modules, KINDS)
+        self._as_before = {
+            part.layer: with_its_numbers(modules[part.layer], _kind(modules[part.layer], part))
+            for fold in plan.folds
+            for part in fold.parts
+        }
+        self.errors = {name: OutputError() for name in self._moves}
+        self._recorder: Recorder | None = None
         self.stray: str | None = None
         self._plan = plan
         self._counted = {name: modules[name] for fold in plan.folds for name in (fold.batchnorm, *fold.layers)}
@@ -180,13 +182,22 @@ class LayerWitness(Witness):
 
     def watch(self) -> None:
         """Begin to watch whatever the module does next in this thread."""
+        self._recorder = self._recorder or Recorder(self.pl_module, lends_bias=False, instead=self._compared)
         super().watch()
-        for name, layer in self._layers.items():
-            self._watching.callback(layer.register_forward_hook(partial(self._compare, name), with_kwargs=True).remove)
+        self._watching.enter_context(self._recorder)
 
-    def _compare(self, name: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        expected = self._expected[name](*args, **kwargs)
-        self.errors[name].to(output.device).update(output, expected)
+    def _compared(self, name: str, function: Function) -> Function:
+        """The function of a layer, whose output is compared with that of the unfolded layer and its BatchNorms."""
+        if name not in self._moves:
+            return function
+        expected = self._moves[name](self._as_before[name](function))
+
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            output = function(*args, **kwargs)
+            self.errors[name].to(output.device).update(output, expected(*args, **kwargs))
+            return output
+
+        return run
 
     def error_of(self, fold: Fold) -> dict[str, float]:
         """The largest error of the layers of a fold, infinite if one of them was not called."""
@@ -194,6 +205,12 @@ class LayerWitness(Witness):
             return {"max_abs": math.inf, "max_rel": math.inf}
         errors = [self.errors[layer].compute() for layer in fold.layers]
         return {key: max(float(error[key]) for error in errors) for key in ("max_abs", "max_rel")}
+
+
+def _kind(layer: nn.Module, part: Part) -> LayerKind:
+    kind = KINDS.layer(layer, part.function)
+    assert kind is not None
+    return kind
 
 
 @contextmanager
@@ -258,14 +275,3 @@ def _holds_folds(name: str, plan: FoldingPlan) -> bool:
     prefix = f"{name}." if name else ""
     inside = [[part.startswith(prefix) for part in (fold.batchnorm, *fold.layers)] for fold in plan.folds]
     return any(map(all, inside)) and not any(any(parts) and not all(parts) for parts in inside)
-
-
-def _snapshot(module: nn.Module) -> nn.Module:
-    """The module as it is now, around the same numbers: folding gives a layer new ones and leaves these alone."""
-    twin = copy.copy(module)
-    twin.__dict__ = {**vars(module), "_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
-    twin._parameters = {
-        key: None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
-        for key, parameter in module._parameters.items()
-    }
-    return twin

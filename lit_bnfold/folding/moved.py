@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_bnfold.folding.kinds import Kinds, Normalisation
+from lit_bnfold.folding.computed import bake, computed_tensors
+from lit_bnfold.folding.kinds import Kinds, LayerKind, Normalisation
 from lit_bnfold.folding.plan import FoldingPlan, Part
 from lit_bnfold.folding.transparent import UNTOUCHED
 
@@ -31,7 +33,7 @@ def with_batchnorm(layer: Function, direction: str, numbers: Normalisation, part
     """
     numbers = numbers.each(Tensor.detach)
 
-    def run(input: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if direction == "backward":
             return _normalised(layer(input, *args, **kwargs), numbers, part, channel_axis)
         if direction == "forward":
@@ -72,6 +74,33 @@ def moves(
             )
             found[part.layer] = _after(found[part.layer], move) if part.layer in found else move
     return found
+
+
+def with_its_numbers(layer: nn.Module, kind: LayerKind) -> Callable[[Function], Function]:
+    """Make the function of a layer use the weight and the bias that the layer has now, whatever it is given later.
+
+    Args:
+        layer: The layer.
+        kind: Its kind.
+
+    Returns:
+        What makes such a function of the function that the layer calls.
+    """
+    put_back = bake(layer) if computed_tensors(layer) else None
+    own = {key: layer._parameters.get(key) for key in ("weight", "bias") if key in kind.arguments}
+    numbers = {key: None if tensor is None else tensor.detach() for key, tensor in own.items()}
+    if put_back is not None:
+        put_back()
+
+    def move(function: Function) -> Function:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            given = dict(zip(kind.arguments, args, strict=False)) | kwargs | numbers
+            named = [given.pop(name) for name in kind.arguments[: len(args)]]
+            return function(*named, *args[len(kind.arguments) :], **given)
+
+        return run
+
+    return move
 
 
 def _after(

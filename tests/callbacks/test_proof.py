@@ -106,6 +106,69 @@ def test_a_layer_that_is_off_is_found_and_no_other(layer: str, network: Network)
     assert outputs["max_rel"] > 1e-5
 
 
+class OfAllSorts(LightningModule):
+    """Layers that do more than their operation, that compute their weight, that nobody knows, and BatchNorms as such."""
+
+    class Block(nn.Linear):
+        """A layer that holds its own BatchNorm and activation."""
+
+        def __init__(self, i: int, o: int) -> None:
+            super().__init__(i, o, bias=False)
+            self.norm = nn.BatchNorm1d(o)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return torch.tanh(self.norm(nn.functional.linear(inputs, self.weight, self.bias)))
+
+    class Unknown(nn.Module):
+        def __init__(self, i: int, o: int) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(o, i)), nn.Parameter(torch.randn(o))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return nn.functional.linear(inputs, self.weight, self.bias)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = self.Block(4, 5)
+        self.computed, self.norm = nn.utils.parametrizations.weight_norm(nn.Linear(5, 5)), nn.BatchNorm1d(5)
+        self.first, self.second = nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+        self.unknown, self.last = self.Unknown(5, 3), nn.BatchNorm1d(3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.norm(self.computed(self.block(inputs)))
+        hidden = torch.tanh(self.second(self.first(hidden.relu())))
+        return self.last(self.unknown(hidden))
+
+
+def test_layers_of_all_sorts_are_compared_where_they_compute(randomised: Randomised) -> None:
+    network: Any = randomised(OfAllSorts()).double().eval()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    plan, _, folded, outputs = measured(network)
+    assert {fold.batchnorm: fold.layers for fold in plan.folds} == {
+        "block.norm": ("block",),
+        "norm": ("computed",),
+        "first": ("second",),
+        "last": ("unknown",),
+    }
+    assert all(folded.error_of(fold)["max_rel"] < 1e-12 for fold in plan.folds)
+    assert outputs["max_rel"] < 1e-12
+    after = network.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("layer", ["block", "computed", "second", "unknown"])
+def test_a_layer_of_any_sort_that_is_off_is_found_and_no_other(layer: str, randomised: Randomised) -> None:
+    network: Any = randomised(OfAllSorts()).double().eval()
+
+    def change() -> None:
+        with torch.no_grad():
+            network.get_submodule(layer).weight.mul_(1.01)
+
+    _, _, folded, _ = measured(network, change)
+    errors = {name: float(error.compute()["max_rel"]) for name, error in folded.errors.items()}
+    assert {name for name, error in errors.items() if error > 1e-4} == {layer}
+
+
 def test_the_measure_is_the_largest_difference_in_units_of_the_largest_output(network: Network) -> None:
     def change() -> None:
         with torch.no_grad():
