@@ -107,7 +107,7 @@ def test_a_layer_that_is_off_is_found_and_no_other(layer: str, network: Network)
 
 
 class OfAllSorts(LightningModule):
-    """Layers that do more than their operation, that compute their weight, that nobody knows, and BatchNorms as such."""
+    """Layers that do more, that compute their weight, that nobody knows; and BatchNorms as layers."""
 
     class Block(nn.Linear):
         """A layer that holds its own BatchNorm and activation."""
