@@ -105,10 +105,7 @@ class Census:
             for module, kind in self.batchnorm_kinds.items()
         }
         gains = self._gains([module for module, obstacle in obstacles.items() if obstacle is None])
-        for module, gain in gains.items():
-            if math.isnan(gain):
-                reason = "its statistics or its weight hold infinities, NaNs or negative variances"
-                obstacles[module] = ("not-finite", reason)
+        obstacles |= {module: _numbers_obstacle(gain) for module, gain in gains.items()}
         return {
             module: BatchNorm(
                 num_features=self.kinds.num_features(module),
@@ -207,6 +204,12 @@ class Census:
                 "its statistics or its weight are of a tensor subclass, which may mean other numbers",
             )
         return None
+
+
+def _numbers_obstacle(gain: float) -> Obstacle | None:
+    if math.isnan(gain):
+        return "not-finite", "its statistics or its weight hold infinities, NaNs or negative variances"
+    return None
 
 
 def _in_columns(numbers: Normalisation) -> Tensor:

@@ -510,6 +510,11 @@ class _FunctionWitness(TorchFunctionMode):
 class _OperationWitness(TorchDispatchMode):
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else torch loads its compiler with the first operation, which takes seconds, to keep it from compiling this.
+        return False
+
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder

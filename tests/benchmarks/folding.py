@@ -6,11 +6,14 @@ Only ratios of interleaved pairs are worth comparing between machines.
 
 from __future__ import annotations
 
+import copy
+import gc
 import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -19,8 +22,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from lit_bnfold.folding import fold_batchnorm, plan_folding
+from lit_bnfold.folding.kinds import KINDS
+from lit_bnfold.folding.search import make_plan
+from lit_bnfold.folding.trial import run_as_it_is
 
-PAIRS = 7
+PAIRS = 11
 
 
 class Bottleneck(nn.Module):
@@ -53,18 +59,70 @@ def resnet50() -> nn.Module:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    """Processor time with the garbage collector off, as ``timeit`` measures."""
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.process_time()
+        function()
+        return time.process_time() - start
+    finally:
+        gc.enable()
+
+
+def errors(folded: nn.Module, model: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Of float32 outputs, against the unfolded model in float64: the largest, by the largest output, and rms."""
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        error = folded(x).double() - exact
+    largest, rms = error.abs().max() / exact.abs().max(), error.square().mean().sqrt() / exact.square().mean().sqrt()
+    return float(largest), float(rms)
+
+
+def randomised_resnet50() -> nn.Module:
+    model = resnet50()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model
 
 
 def against_fx() -> Iterator[tuple[str, str]]:
-    model, x = resnet50(), torch.randn(1, 3, 64, 64)
-    pairs = [(seconds(lambda: fold_batchnorm(model, (x,))), seconds(lambda: fuse(model))) for _ in range(PAIRS + 1)][1:]
-    ratio = statistics.median(ours / theirs for ours, theirs in pairs)
-    yield "ResNet-50, folding", f"{statistics.median(ours for ours, _ in pairs):.2f} s"
-    yield "ResNet-50, torch.fx fuse", f"{statistics.median(theirs for _, theirs in pairs):.2f} s"
-    yield f"median ratio of {PAIRS} pairs", f"{ratio:.2f}"
+    model = resnet50()
+    for size in (32, 64):
+        x = torch.randn(2, 3, size, size)
+        pairs = [
+            (seconds(lambda x=x: fold_batchnorm(model, (x,))), seconds(lambda: fuse(model)))  # type: ignore[misc]
+            for _ in range(PAIRS + 1)
+        ][1:]
+        ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
+        ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+        planning = statistics.median(
+            seconds(lambda x=x: make_plan(run_as_it_is(model, (x,), {}, KINDS).graph))  # type: ignore[misc]
+            for _ in range(PAIRS)
+        )
+        yield f"ResNet-50, folded on {tuple(x.shape)}", f"{1e3 * ours:.0f} ms"
+        yield "  of which the run that is recorded", f"{1e3 * planning:.0f} ms"
+        yield "  torch.fx fuse", f"{1e3 * theirs:.0f} ms"
+        yield f"  median ratio of {PAIRS} pairs", f"{ratio:.2f}"
+    x = torch.randn(2, 3, 64, 64)
+    yield "BatchNorms folded, by torch.fx fuse", f"{53 - count(fuse(model))}"
+    yield "BatchNorms folded", f"{53 - count(fold_batchnorm(model, (x,)))}"
+    found: dict[str, list[tuple[float, float]]] = {"unfolded": [], "torch.fx fuse": [], "folded": []}
+    for _ in range(PAIRS):
+        model, x = randomised_resnet50(), torch.randn(8, 3, 64, 64)
+        for name, folded in zip(found, (model, fuse(model), fold_batchnorm(model, (x,))), strict=True):
+            found[name].append(errors(folded, model, x))
+    for name, several in found.items():
+        largest, rms = (statistics.median(values) for values in zip(*several, strict=True))
+        yield f"error in float32, {name}", f"{largest:.1e} ({rms:.2e} rms)"
+
+
+def count(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 def chains() -> Iterator[tuple[str, str]]:
@@ -87,9 +145,15 @@ def memory() -> Iterator[tuple[str, str]]:
     yield "in place, above the peak before", f"{peak / 1024:.0f} MiB"
 
 
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    table = Table("what", "measured", title=f"{platform.machine()}, torch {torch.__version__}, one thread")
+    table = Table("what", "measured", title=f"{processor()}, torch {torch.__version__}, one thread")
     for part in (memory, against_fx, chains):  # memory first, while the peak is still low
         for row in part():
             table.add_row(*row)
