@@ -265,10 +265,11 @@ class ValueGraph:
         """
         _, ignored = self.origins(value for name in baked for call in self.calls_of[name] for value in call.computed)
         numbers: dict[int, int] = defaultdict(count().__next__)
+        passed_on: dict[int, int] = {}  # what an erased BatchNorm gives is what it was given
         outline: list[Any] = []
         for call in self.calls:
             if call.kind == "batchnorm" and erased.get(call.owner or ""):
-                numbers[call.outputs[0]] = numbers[call.inputs[0]]
+                passed_on[call.outputs[0]] = passed_on.get(call.inputs[0], call.inputs[0])
             module = self.frames[call.frame].module
             if call.index in ignored or module in erased:
                 continue
@@ -276,7 +277,7 @@ class ValueGraph:
             is_layer = call.kind == "layer"
             read = call.inputs[:1] if is_layer else call.inputs
             given = [call.args[3:], call.kwargs | {"bias": None}] if is_layer else [call.args, call.kwargs]
-            inputs = [numbers[index] for index in read]
+            inputs = [numbers[passed_on.get(index, index)] for index in read]
             outputs = [(numbers[index], self.values[index].shape) for index in call.outputs]
             outline.append((call.kind, call.name, module, inputs, outputs, _scalars(given)))
         return outline

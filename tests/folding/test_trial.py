@@ -110,3 +110,13 @@ def test_run_that_fails_once_batchnorms_are_gone_keeps_them(judge: Any, net: Any
     model = net(forward).double().eval()
     assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["structure-read"]
     assert isinstance(fold_batchnorm(model, (X,)).bn, nn.BatchNorm1d)
+
+
+def test_input_that_only_an_erased_batchnorm_reads_at_first_is_the_same_input(judge: Any, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.bn(x)
+        y = torch.ones(3, dtype=x.dtype) + 1
+        return m.fc(h) + m.other(x + y)
+
+    model = net(forward, bn=nn.BatchNorm1d(3), fc=nn.Linear(3, 4), other=nn.Linear(3, 4))
+    judge(model, X, folds={"bn": ["fc"]})
