@@ -713,6 +713,42 @@ def test_folds_in_every_direction_are_proven(tmp_path: Path, randomised: Randomi
     assert not any("running" in key or "before" in key for key in module.state_dict())
 
 
+class OfAllSorts(Tiny):
+    """A weight that is computed, a BatchNorm that takes another one, and a layer that nobody knows by its class."""
+
+    class Unknown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(3))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return nn.functional.linear(inputs, self.weight, self.bias)
+
+    def __init__(self) -> None:
+        super().__init__()
+        computed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+        norms = (nn.BatchNorm1d(5, affine=False) for _ in range(3))
+        self.net = nn.Sequential(
+            computed, next(norms), nn.ReLU(), next(norms), next(norms), nn.Tanh(), self.Unknown(), nn.BatchNorm1d(3)
+        )
+
+
+def test_folds_into_all_sorts_of_layers_are_proven_and_loaded(tmp_path: Path, randomised: Randomised) -> None:
+    folding, module = BatchNormFolding(), randomised(OfAllSorts())
+    fit(tmp_path, module, folding)
+    assert [(fold.batchnorm, fold.layers) for fold in folding.plan.folds] == [
+        ("net.1", ("net.0",)),
+        ("net.7", ("net.6",)),
+        ("net.3", ("net.4",)),
+    ]
+    assert folding.report["mismatch"] is None
+    loaded, inputs = load_folded(OfAllSorts, tmp_path / "folded.ckpt"), torch.randn(7, 4)
+    assert torch.equal(loaded(inputs), folding.folded_module(inputs))
+    torch.testing.assert_close(loaded(inputs), module.eval()(inputs), rtol=0, atol=1e-5)
+    # The module that was trained still computes its weight.
+    assert "net.0.parametrizations.weight.original0" in module.state_dict()
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward", "parallel"])
 def test_a_wrong_fold_in_any_direction_is_a_mismatch(
     direction: str, tmp_path: Path, randomised: Randomised, monkeypatch: pytest.MonkeyPatch
