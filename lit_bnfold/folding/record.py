@@ -64,6 +64,8 @@ WITHOUT_TENSORS = {type(None), bool, int, float, complex, str, bytes, torch.dtyp
 # Those of torch, of TensorFlow and of published detection models.
 _USUAL_EPS = (1e-5, 1e-3, 1e-6, 1e-4, 1e-8, 1e-12, 0.0)
 
+_FLATTENING = {torch.flatten, Tensor.flatten}
+_RESHAPING = {torch.reshape, Tensor.reshape}
 _RECURRENT = {torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu}
 
 _Facts = TypeVar("_Facts", Layer, BatchNorm)
@@ -108,7 +110,6 @@ class Recorder:
         self.graph = ValueGraph()
         self._lends_bias = lends_bias
         self._instead = instead
-        self._flattened: tuple[int, int] | None = None
         self._census = Census(model, kinds)
         self._ledger = _Ledger(self.graph)
         self._batchnorms = self._census.batchnorm_kinds
@@ -281,8 +282,9 @@ class Recorder:
                 return self._run_layer(module, kind, args, kwargs)
             if function is F.batch_norm:
                 self._note_batch_norm_inside()
-        if function in (torch.flatten, Tensor.flatten):
-            return self._run_flatten(function, args, kwargs)
+        asked = _asked_of_reshape(function, args, kwargs)
+        if asked is not None:
+            return self._run_reshape(function, asked, args, kwargs)
         if function in _RECURRENT:
             # Below, these are hundreds of operations, of which none lets a BatchNorm pass.
             return self._run_whole("operation", function.__name__, function, args, kwargs)
@@ -314,16 +316,16 @@ class Recorder:
                 facts = self.graph.batchnorms[name]
                 self.graph.batchnorms[name] = _add_obstacle(facts, "own-forward", "a part of it calls `batch_norm` too")
 
-    def _run_flatten(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Below, this is a view like any other; which axes it joined is known only here."""
-        rank = args[0].dim()
-        given = {"start_dim": 0, "end_dim": -1} | dict(zip(("start_dim", "end_dim"), args[1:], strict=False)) | kwargs
-        if rank > 0 and all(isinstance(axis, int) for axis in given.values()):
-            self._flattened = (given["start_dim"] % rank, given["end_dim"] % rank)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            self._flattened = None
+    def _run_reshape(
+        self, function: Callable[..., Any], asked: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Below, this is a view like any other, or a copy and a view; what was asked for is known only here."""
+        tensor = args[0]
+        with self._look_away():
+            output = function(*args, **kwargs)
+        if output is not tensor:
+            self._add_call("operation", "reshape", (tensor,), asked, output)
+        return output
 
     def _run_batchnorm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         name = self._census.names[module]
@@ -440,8 +442,7 @@ class Recorder:
         output = operation(*args, **kwargs)
         # Torch's own operations say so if they draw random numbers; others could do or read anything.
         draws = torch.Tag.nondeterministic_seeded in operation.tags if str(operation).startswith("aten.") else True
-        noted = kwargs if self._flattened is None else kwargs | {"flattened": self._flattened}
-        self._add_call("operation", str(operation), args, noted, output, written, draws=draws)
+        self._add_call("operation", str(operation), args, kwargs, output, written, draws=draws)
         if _reveals_numbers(operation, args):
             self._note_fork((args, kwargs))
         return output
@@ -486,6 +487,25 @@ class Recorder:
     def _is_constant(self, value: Value) -> bool:
         # A tensor that began as a constant may have been written since then through a view of it.
         return value.constant and value.storage not in self._varying
+
+
+def _asked_of_reshape(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The axes or the sizes that a call of ``flatten`` or ``reshape`` names; None for whatever else it is."""
+    if function in _FLATTENING and args:
+        rank = max(1, args[0].dim())
+        given = {"start_dim": 0, "end_dim": -1} | dict(zip(("start_dim", "end_dim"), args[1:], strict=False)) | kwargs
+        numbers, key = list(given.values()), "flattened"
+    elif function in _RESHAPING and args:
+        sizes = args[1:] or (kwargs.get("shape"),)
+        numbers, key, rank = list(sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes), "size", 0
+    else:
+        return None
+    # A size out of a tensor is a Python value of it, which is noted below.
+    if not all(type(number) is int for number in numbers):
+        return None
+    return {key: tuple(number % rank if rank else number for number in numbers)}
 
 
 def _is_foreign(function: Callable[..., Any]) -> bool:

@@ -516,6 +516,7 @@ RULES: dict[str, Rule] = {
     "aten.detach.default": _IDENTITY,
     "aten.lift_fresh.default": _IDENTITY,
     "aten._to_copy.default": _moving(_cast, _cast),
+    "reshape": _VIEW,
     "aten.view.default": _VIEW,
     "aten._unsafe_view.default": _VIEW,
     "aten._reshape_alias.default": _VIEW,

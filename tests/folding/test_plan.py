@@ -373,6 +373,54 @@ def test_bare_batchnorm_is_kept(judge: Judge) -> None:
     judge(nn.BatchNorm1d(3), X, kept={"": "no-layer"})
 
 
+def test_slice_of_a_layer_that_is_reshaped_behind_its_batchnorm_is_folded(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).split([4, 2, 3], 1)
+        q = m.bn(q).reshape(len(x), 2, 2, -1)
+        return torch.cat([q.flatten(1), k.flatten(1), torch.reshape(v, (len(x), -1))], 1)
+
+    model = net(forward, qkv=nn.Conv1d(3, 9, 1), bn=nn.BatchNorm1d(4))
+    others = [(torch.randn(n, 3, length, dtype=torch.float64),) for n, length in ((1, 5), (3, 5), (2, 7))]
+    judge(model, torch.randn(2, 3, 5, dtype=torch.float64), folds={"bn": ["qkv"]}, others=others)
+
+
+def test_slice_of_a_layer_that_is_viewed_behind_its_batchnorm_is_kept(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k = m.qkv(x).split([4, 2], 1)
+        return torch.cat([m.bn(q).view(len(x), -1), k.flatten(1)], 1)
+
+    model = net(forward, qkv=nn.Conv1d(3, 6, 1), bn=nn.BatchNorm1d(4))
+    judge(model, torch.randn(2, 3, 5, dtype=torch.float64), kept={"bn": "layout"})
+
+
+@pytest.mark.parametrize(
+    "reshape",
+    [
+        lambda h, n: torch.flatten(input=h, start_dim=1),
+        lambda h, n: torch.reshape(input=h, shape=(len(h), -1)),
+        lambda h, n: h.reshape(len(h), 8),
+        lambda h, n: h.reshape([len(h), 8]),
+        lambda h, n: h.flatten(-2),
+        lambda h, n: h.flatten(start_dim=1, end_dim=2),
+    ],
+)
+def test_output_that_is_reshaped_and_read_before_its_batchnorm_is_kept(reshape: Any, judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.conv(x)
+        return m.bn(h).flatten(1) + reshape(h, 8).relu()
+
+    model = net(forward, conv=nn.Conv1d(3, 4, 1), bn=nn.BatchNorm1d(4))
+    judge(model, torch.randn(5, 3, 2, dtype=torch.float64), kept={"bn": "other-reader"})
+
+
+def test_size_out_of_a_tensor_counts_as_a_branch(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        parts = (x > -1e9).any().long()
+        return m.bn(m.fc(x)) if x.reshape(len(x), parts, -1).shape[1] == 1 else m.fc(x)
+
+    judge(net(forward), X, kept={"bn": "python-value"}, others=[(2 * X,)])
+
+
 # Beside a layer.
 
 
