@@ -31,6 +31,7 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Operation]] = {
     "flatten that drops an axis": ([(2, 1, 3)], lambda x: x.flatten(0, 1)),
     "view of all but the last axis that drops one": ([(2, 1, 3)], lambda x: x.view(-1, 3)),
     "reshape after transpose": ([(2, 3, 4)], lambda x: x.transpose(1, 2).reshape(8, 3)),
+    "unsafe view": ([(2, 3, 4)], lambda x: torch.ops.aten._unsafe_view(x, [6, 4])),
     "permute": ([(2, 3, 4)], lambda x: x.permute(2, 0, 1)),
     "permute backwards": ([(2, 3, 4)], lambda x: x.permute(-1, 0, -2)),
     "t": ([(2, 3)], lambda x: x.t()),
