@@ -200,8 +200,6 @@ class Kinds:
             function: Name of the function that a module of another class calls with its own weight and bias.
         """
         kinds = (*self.layers, *LAYER_KINDS, NORMALISING)
-        if self.batchnorm(module) not in (None, _TORCHS) or isinstance(module, Rest):
-            return None
         found = next((kind for kind in kinds if isinstance(module, kind.module)), None)
         if found is None and function is not None and isinstance(getattr(module, "weight", None), nn.Parameter):
             found = next((kind for kind in LAYER_KINDS if kind.function.__name__ == function), None)

@@ -480,6 +480,15 @@ def test_identity_that_is_written_in_place_is_kept(judge: Judge, net: Any) -> No
     judge(model, torch.randn(2, 3, 5, 5, dtype=torch.float64), kept={"id": "other-reader"})
 
 
+def test_identity_that_is_read_by_more_than_the_sum_is_kept(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.id(x)
+        return (m.conv(x) + y).relu() * y.tanh()
+
+    model = net(forward, conv=nn.Conv2d(3, 3, 3, padding=1), id=nn.BatchNorm2d(3))
+    judge(model, torch.randn(2, 3, 5, 5, dtype=torch.float64), kept={"id": "other-reader"})
+
+
 def test_sum_that_somebody_saw_before_it_was_complete_keeps_the_identity(judge: Judge, net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.conv(x)

@@ -48,12 +48,29 @@ def test_example_comes_out_as_it_went_in(net: Any) -> None:
 
 
 def test_inputs_that_share_memory_do_so_in_the_run(judge: Any, net: Any) -> None:
-    def forward(m: Any, x: Tensor, first: Tensor) -> Tensor:
-        return m.bn(m.fc(x)) + first.add_(0).sum()
+    def forward(m: Any, x: Tensor, row: Tensor) -> Tensor:
+        h = m.bn(x)
+        row.add_(1)
+        return m.fc(h)
 
-    x = X.clone()
+    def example() -> tuple[Tensor, Tensor]:
+        return (x := X.clone()), x[0]
+
+    model = net(forward, bn=nn.BatchNorm1d(3), fc=nn.Linear(3, 4)).double().eval()
+    assert "written in place by `add_` in the model after it was read" in plan_folding(model, example()).kept[0].reason
+    assert plan_folding(model, (X.clone(), X[0].clone())).folds
+
+
+def test_outputs_that_overflow_do_not_hide_the_others(judge: Any, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h, found = m.fc(x), []
+        thread = threading.Thread(target=lambda: found.append(h.detach().relu() * 2))
+        thread.start()
+        thread.join()
+        return torch.cat([m.bn(h) + found[0], x / 0], 1)
+
     model = net(forward).double().eval()
-    assert plan_folding(model, (x, x[0])).folds
+    assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["unexplained"]
 
 
 def test_model_that_draws_random_numbers_is_folded_and_they_come_out_as_they_went_in(net: Any) -> None:
