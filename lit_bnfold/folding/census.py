@@ -15,7 +15,15 @@ from torch.nn.parameter import is_lazy
 from lit_bnfold.folding.algebra import rounding_gain
 from lit_bnfold.folding.computed import computed_tensors, is_computing_hook
 from lit_bnfold.folding.graph import BatchNorm, FoldingError, Layer, Obstacle
-from lit_bnfold.folding.kinds import KINDS, NORMALISING, BatchNormKind, Kinds, Normalisation, own_tensors
+from lit_bnfold.folding.kinds import (
+    KIND_OF_FUNCTION,
+    KINDS,
+    NORMALISING,
+    BatchNormKind,
+    Kinds,
+    Normalisation,
+    own_tensors,
+)
 
 FOLDABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -85,7 +93,7 @@ class Census:
         weight = self.owned[module].get("weight")
         in_channels, out_channels = (0, 0) if obstacle is not None else kind.channels(module)
         return Layer(
-            function=None if isinstance(module, kind.module) else kind.function.__name__,
+            function=kind.function.__name__ if kind is KIND_OF_FUNCTION.get(kind.function) else None,
             in_channels=in_channels,
             out_channels=out_channels,
             channel_axis=kind.channel_axis,
@@ -128,7 +136,7 @@ class Census:
         for module in modules:
             by_device[next(iter(self.owned[module].values())).device].append(module)
         for together in by_device.values():
-            columns = [_in_columns(self.batchnorm_kinds[module].numbers(module)) for module in together]
+            columns = [_in_columns(_numbers(self.batchnorm_kinds[module], module)) for module in together]
             numbers = torch.cat(columns, 1)  # (5, channels of all)
             is_sound = numbers.isfinite().all(0) & (numbers[1] >= 0)
             of_channels = torch.where(is_sound, rounding_gain(*numbers), math.nan)
@@ -158,6 +166,8 @@ class Census:
             is_missing = key == "weight" and self.layer_kinds[module] is not NORMALISING
             if is_missing or (module._parameters.get(key) is None and getattr(module, key, None) is not None):
                 return "computed-weight", f"the {key} of `{name}` is computed anew at every call"
+        if computed.keys() - {"weight", "bias"}:
+            return "computed-weight", f"`{name}` computes more than its weight and its bias at every call"
         if getattr(module, "max_norm", None) is not None:
             return "computed-weight", f"`{name}` limits the norm of its rows at every call"
         used = {tensor for key, tensor in self.owned[module].items() if key in ("weight", "bias")}
@@ -204,6 +214,11 @@ class Census:
                 "its statistics or its weight are of a tensor subclass, which may mean other numbers",
             )
         return None
+
+
+def _numbers(kind: BatchNormKind, module: nn.Module) -> Normalisation:
+    # Which eps it is where no attribute tells, the run will show; here, torch's will do.
+    return kind.numbers(module, None if hasattr(module, kind.eps) else 1e-5)
 
 
 def _numbers_obstacle(gain: float) -> Obstacle | None:

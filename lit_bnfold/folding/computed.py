@@ -7,6 +7,7 @@ weight of this moment becomes an ordinary parameter.
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -83,11 +84,28 @@ def bake(module: nn.Module) -> Undo:
             # Removing them one by one would take the properties off a class that copies of the module share.
             module.__class__ = parametrize.type_before_parametrizations(module)
             del module._modules["parametrizations"]
+        _forget_load_hooks(module)
         module._parameters = {**baked, **module._parameters}
     except BaseException:
         undo()
         raise
     return undo
+
+
+def is_steady(module: nn.Module) -> bool:
+    """Whether a module computes the same tensors twice in a row, whatever random numbers Python draws in between.
+
+    Args:
+        module: A module that computes tensors at every call.
+    """
+    found = []
+    for _ in range(2):
+        undo = bake(module)
+        found.append({key: tensor for key, tensor in module._parameters.items() if tensor is not None})
+        undo()
+        random.random()
+    first, second = found
+    return all(torch.equal(first[key], second[key]) for key in first)
 
 
 def _bake_tensor(module: nn.Module, key: str, source: Any) -> nn.Parameter:
@@ -99,7 +117,6 @@ def _bake_tensor(module: nn.Module, key: str, source: Any) -> nn.Parameter:
             remove_weight_norm(module, key)
         elif isinstance(source, SpectralNorm):
             remove_spectral_norm(module, key)
-            _forget_load_hooks(module)
         else:
             prune.remove(module, key)
         numbers = module._parameters.pop(key).detach()  # type: ignore[union-attr]
@@ -107,12 +124,13 @@ def _bake_tensor(module: nn.Module, key: str, source: Any) -> nn.Parameter:
 
 
 def _forget_load_hooks(module: nn.Module) -> None:
-    """Take off what still wants the tensors of a spectral norm from a state dict; torch no longer finds it itself."""
+    """Take off what torch leaves on a module: hooks that look for the tensors of a norm in a state dict."""
     hooks = module._load_state_dict_pre_hooks
-    for key in [
-        key for key, hook in hooks.items() if isinstance(getattr(hook, "hook", None), SpectralNormLoadStateDictPreHook)
-    ]:
-        del hooks[key]
+    for key, wrapped in list(hooks.items()):
+        hook = getattr(wrapped, "hook", None)
+        is_of_weight_norm = getattr(hook, "__qualname__", "").startswith("weight_norm.<locals>")
+        if is_of_weight_norm or isinstance(hook, SpectralNormLoadStateDictPreHook):
+            del hooks[key]
 
 
 def _in_eval_mode(parametrization: nn.Module) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeVar
 
@@ -61,7 +62,7 @@ def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
     known = {id(tensor): tensor.detach().clone() for tensor in tensors_in(held) if not tensor.is_leaf} | (memo or {})
     passed_on = {id(other) for other in (memo or {}).values()}
     try:
-        copied = _deepcopy(model, modules, known)
+        copied = _deepcopy(model, known)
     except Exception as error:
         raise FoldingError(f"The model cannot be copied: {error}") from error
     originals = dict(model.named_modules())
@@ -74,13 +75,13 @@ def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
     return copied
 
 
-def _deepcopy(model: _Model, modules: list[nn.Module], memo: dict[int, Any]) -> _Model:
+def _deepcopy(model: _Model, memo: dict[int, Any]) -> _Model:
     """What ``copy.deepcopy`` gives, and faster: a module holds a dozen empty containers, which need no search."""
-    ordinary = [module for module in modules if id(module) not in memo and _is_copied_as_usual(type(module))]  # type: ignore[arg-type]
+    usual = (module for module in _inside_first(model, set()) if _is_copied_as_usual(type(module)))  # type: ignore[arg-type]
+    ordinary = [module for module in usual if id(module) not in memo]
     for module in ordinary:
         memo[id(module)] = type(module).__new__(type(module))
-    # Those inside first, so that whoever copies itself in a way of its own finds them whole.
-    for module in reversed(ordinary):
+    for module in ordinary:
         copied = vars(memo[id(module)])
         state = module.__getstate__() if hasattr(module, "__getstate__") else vars(module)
         for key, value in state.items():
@@ -92,6 +93,15 @@ def _deepcopy(model: _Model, modules: list[nn.Module], memo: dict[int, Any]) -> 
             else:
                 copied[key] = copy.deepcopy(value, memo)
     return copy.deepcopy(model, memo)
+
+
+def _inside_first(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:
+    """The modules of a model, so that whoever copies itself in a way of its own finds those inside it whole."""
+    seen.add(module)
+    for inner in module._modules.values():
+        if inner is not None and inner not in seen:
+            yield from _inside_first(inner, seen)
+    yield module
 
 
 def _is_bare(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -66,10 +66,17 @@ class LayerKind:
         """Numbers of input and of output channels of a module of this kind."""
         if hasattr(module, self.in_channels) and hasattr(module, self.out_channels):
             return int(getattr(module, self.in_channels)), int(getattr(module, self.out_channels))
-        weight, groups = module.weight, int(getattr(module, "groups", 1))
+        weight = module.weight
         assert isinstance(weight, Tensor)
-        first, second = weight.shape[0], weight.shape[1] * groups
+        first, second = weight.shape[0], weight.shape[1] * self.groups(module)
         return (first, second) if self.transposed else (second, first)
+
+    def groups(self, module: nn.Module) -> int:
+        """Number of groups of channels that do not see each other in a module of this kind; 0 if it does not tell."""
+        if self.channel_axis == -1:
+            return 1
+        groups = getattr(module, "groups", 1)
+        return groups if isinstance(groups, int) else 0
 
 
 class Normalisation(NamedTuple):
@@ -159,7 +166,9 @@ LAYER_KINDS = (
     ),
 )
 
-KIND_OF_FUNCTION = {kind.function: kind for kind in LAYER_KINDS}
+KIND_OF_FUNCTION = {
+    kind.function: replace(kind, module=nn.Module, in_channels="", out_channels="") for kind in LAYER_KINDS
+}
 """What a module of any class is, if it calls such a function with its own weight and bias."""
 
 NORMALISING = LayerKind(
@@ -202,7 +211,7 @@ class Kinds:
         kinds = (*self.layers, *LAYER_KINDS, NORMALISING)
         found = next((kind for kind in kinds if isinstance(module, kind.module)), None)
         if found is None and function is not None and isinstance(getattr(module, "weight", None), nn.Parameter):
-            found = next((kind for kind in LAYER_KINDS if kind.function.__name__ == function), None)
+            found = next((kind for kind in KIND_OF_FUNCTION.values() if kind.function.__name__ == function), None)
         return found
 
     def batchnorm(self, module: nn.Module | None) -> BatchNormKind | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -144,6 +145,9 @@ class FoldingPlan:
             raise FoldingError(f"Expected a folding plan of version {MANIFEST_VERSION}, got version {version!r}.")
         try:
             folds = tuple(_fold_from_dict(fold) for fold in plan["folds"])
+            names = [fold.batchnorm for fold in folds]
+            if len(set(names)) < len(names):
+                raise ValueError("the same BatchNorm twice")
             return cls(folds, tuple(Kept(**kept) for kept in plan["kept"]))
         except (KeyError, TypeError, ValueError) as error:
             raise FoldingError(f"Expected a dict as `FoldingPlan.to_dict` gives it, found {error!r} in it.") from error
@@ -172,7 +176,9 @@ def _fold_from_dict(fold: dict[str, Any]) -> Fold:
     parts = []
     for part in fold["parts"]:
         channels = part["channels"]
-        channels = None if channels is None else tuple(int(channel) for channel in channels)
+        if channels is not None and not (isinstance(channels, list) and all(type(each) is int for each in channels)):
+            raise ValueError(f"channels {channels!r}")
+        channels = None if channels is None else tuple(channels)
         # What a plan of an older release has nothing to say of is left out in it.
         function = part.get("function")
         parts.append(
@@ -184,7 +190,12 @@ def _fold_from_dict(fold: dict[str, Any]) -> Fold:
                 function=None if function is None else str(function),
             )
         )
+    names = [part.layer for part in parts]
+    if not parts or len(set(names)) < len(names) or fold["batchnorm"] in names:
+        raise ValueError(f"layers {names!r} for {fold['batchnorm']!r}")
     note, eps = fold.get("note"), fold.get("eps")
+    if not all(math.isfinite(part.shift) for part in parts) or not (eps is None or 0.0 <= float(eps) < math.inf):
+        raise ValueError(f"numbers that are none for {fold['batchnorm']!r}")
     return Fold(
         batchnorm=str(fold["batchnorm"]),
         parts=tuple(parts),

@@ -116,6 +116,8 @@ class Recorder:
         # Those that do not call `batch_norm` are one call each, whatever they do inside.
         self._whole = {module: kind for module, kind in self._batchnorms.items() if not kind.calls_batch_norm}
         self._seen_whole: nn.Module | None = None
+        self._eps_before = {module: getattr(module, kind.eps, None) for module, kind in self._batchnorms.items()}
+        self._eps_of_calls: dict[nn.Module, float] = {}
         self._computers = {
             source: (module, key)
             for module, computed in self._census.computed.items()
@@ -170,6 +172,14 @@ class Recorder:
             self.looking_away = before
 
     # The model's own tensors come out as they went in.
+
+    def save_written(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Note what an operation is about to write, and what the model's own tensors held before."""
+        written = _written_arguments(operation, args, kwargs)
+        # Some batch norm operations write their statistics without saying so in their schema.
+        for tensor in tensors_in((args, kwargs)) if "batch_norm" in str(operation) else written:
+            self._save_before_write(tensor)
+        return written
 
     def _save_before_write(self, tensor: Tensor) -> None:
         with self._look_away():
@@ -303,7 +313,9 @@ class Recorder:
         """A module of any class is a layer if it calls a layer's function with a weight and a bias of its own."""
         kind = KIND_OF_FUNCTION.get(function)
         weight = self._census.owned.get(module, {}).get("weight")
-        if kind is None or weight is None or module in self._batchnorms:
+        if kind is None or not isinstance(weight, nn.Parameter) or module in self._batchnorms:
+            return None
+        if weight.dim() != 1 - kind.channel_axis:
             return None
         given = dict(zip(kind.arguments, args, strict=False)) | kwargs
         return kind if given.get("weight") is weight else None
@@ -337,11 +349,21 @@ class Recorder:
                     self._save_before_write(given[key])
         elif not self._are_own(module, given, ("running_mean", "running_var", "weight", "bias")):
             facts = _add_obstacle(facts, "computed-weight", "it was called with other tensors than its own")
-        self.graph.batchnorms[name] = facts
         with self._look_away():
             as_layer = self.graph.layers.get(name) or self._census.layer(module)
+        eps = given.get("eps", 1e-5)
+        facts = self._with_eps(module, facts, eps)
+        if facts.eps is not None:
+            as_layer = _add_obstacle(as_layer, "own-forward", f"`{name}` normalises with another eps than its own")
+        self.graph.batchnorms[name] = facts
         self.graph.layers[name] = replace(as_layer, obstacle=facts.obstacle or as_layer.obstacle)
         return self._run_whole("batchnorm", "batch_norm", F.batch_norm, args, kwargs, owner=name)
+
+    def _with_eps(self, module: nn.Module, facts: BatchNorm, eps: float) -> BatchNorm:
+        """The facts about a BatchNorm, with the eps of its call if that is not the one it had before the run."""
+        if self._eps_of_calls.setdefault(module, eps) != eps:
+            return _add_obstacle(facts, "own-forward", "it normalises with another eps from call to call")
+        return facts if eps == self._eps_before[module] else replace(facts, eps=eps)
 
     def _add_whole_batchnorm(self, module: nn.Module, kind: BatchNormKind, args: tuple[Any, ...], output: Any) -> None:
         """Enter what a BatchNorm did by itself as one call, if it is what torch's own does."""
@@ -350,10 +372,10 @@ class Recorder:
         if facts.obstacle is None:
             with self._look_away():
                 eps = _eps_of(kind, module, args)
-            if eps is None or not isinstance(output, Tensor) or (facts.eps is not None and facts.eps != eps):
+            if eps is None or not isinstance(output, Tensor):
                 facts = _add_obstacle(facts, "own-forward", "it does something else than a BatchNorm")
-            elif not hasattr(module, kind.eps):
-                facts = replace(facts, eps=eps)
+            else:
+                facts = self._with_eps(module, facts, eps)
             self.graph.batchnorms[name] = facts
         self._add_call("batchnorm", "batch_norm", (*args, *own_tensors(module).values()), output=output, owner=name)
 
@@ -367,8 +389,10 @@ class Recorder:
             facts = _add_obstacle(facts, "own-forward", f"the forward of `{name}` would leave out the bias of a fold")
         elif not self._are_own(module, given, kind.arguments[1:]):
             facts = _add_obstacle(facts, "computed-weight", f"`{name}` was called with other tensors than its own")
+        if kind.function is F.embedding and (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None:
+            facts = _add_obstacle(facts, "computed-weight", f"`{name}` limits the norm of its rows at every call")
         groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
-        if facts.kernel and groups != getattr(module, "groups", 1):
+        if facts.kernel and groups != kind.groups(module):
             facts = _add_obstacle(facts, "unusual-weight", f"`{name}` was called with other groups than its own")
         computed = tuple(self._ledger.value(given[key]).index for key in facts.computed if given.get(key) is not None)
         output = self._run_whole("layer", kind.function.__name__, kind.function, args, kwargs, owner=name)
@@ -435,10 +459,7 @@ class Recorder:
         if self._glancing:
             self._glances.add("operation")
             return operation(*args, **kwargs)
-        written = _written_arguments(operation, args, kwargs)
-        # Some batch norm operations write their statistics without saying so in their schema.
-        for tensor in tensors_in((args, kwargs)) if "batch_norm" in str(operation) else written:
-            self._save_before_write(tensor)
+        written = self.save_written(operation, args, kwargs)
         output = operation(*args, **kwargs)
         # Torch's own operations say so if they draw random numbers; others could do or read anything.
         draws = torch.Tag.nondeterministic_seeded in operation.tags if str(operation).startswith("aten.") else True
@@ -542,6 +563,8 @@ class _OperationWitness(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._recorder.looking_away:
+            # What a call that is recorded as a whole writes has to be put back as well.
+            self._recorder.save_written(func, args, kwargs)
             return func(*args, **kwargs)
         # In inference mode compound operations arrive whole; they are taken apart, so that one table serves both modes.
         if isinstance(func, torch._ops.OpOverload) and _is_compound(func.name()):

@@ -28,7 +28,7 @@ from lit_bnfold.folding.census import Census
 from lit_bnfold.folding.computed import Undo, bake, computed_tensors
 from lit_bnfold.folding.copying import copy_model, stand_in
 from lit_bnfold.folding.graph import FoldingError
-from lit_bnfold.folding.kinds import KINDS, NORMALISING, Kinds, LayerKind, Rest, own_tensors
+from lit_bnfold.folding.kinds import KINDS, NORMALISING, Kinds, LayerKind, Rest
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
 from lit_bnfold.folding.transparent import UNTOUCHED
 
@@ -61,22 +61,22 @@ def fold_model(plan: FoldingPlan, model: _Model, *, inplace: bool, kinds: Kinds)
     # Inside `torch.inference_mode()` the new parameters would be such as can never be trained again.
     with torch.inference_mode(False):
         if not inplace:
-            model = copy_model(model, _numbers_to_be_replaced(plan, model))
+            model = copy_model(model, _numbers_to_be_replaced(plan, model, kinds))
         modules = dict(model.named_modules())
         for fold in plan.folds:
             _fold(fold, modules, kinds)
     return model
 
 
-def _numbers_to_be_replaced(plan: FoldingPlan, model: nn.Module) -> dict[int, Any]:
-    """Tensors that a copy may share the numbers of, because a fold gives it new ones, or none."""
-    modules = dict(model.named_modules())
-    layers = {part.layer: modules[part.layer] for fold in plan.folds for part in fold.parts}
-    replaced = [layer._parameters.get(key) for layer in layers.values() for key in ("weight", "bias")]
-    gone = {fold.batchnorm: modules.pop(fold.batchnorm) for fold in plan.folds}
-    stay = {tensor for module in modules.values() for tensor in own_tensors(module).values()}
-    dropped = [tensor for module in gone.values() for tensor in own_tensors(module).values() if tensor not in stay]
-    return {id(tensor): stand_in(tensor) for tensor in (*replaced, *dropped) if tensor is not None}
+def _numbers_to_be_replaced(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> dict[int, Any]:
+    """Parameters that a copy may share the numbers of, because a fold gives it new ones."""
+    modules, replaced = dict(model.named_modules()), []
+    for part in (part for fold in plan.folds for part in fold.parts):
+        kind = kinds.layer(modules[part.layer], part.function)
+        assert kind is not None
+        own = modules[part.layer]._parameters
+        replaced += [own.get(key) for key in ("weight", "bias") if key in kind.arguments]
+    return {id(tensor): stand_in(tensor) for tensor in replaced if tensor is not None}
 
 
 @contextmanager
@@ -134,9 +134,14 @@ def _make_ordinary(layer: Any, kind: LayerKind) -> Undo:
     if kind.has_bias and bias is None:
         added["bias"] = nn.Parameter(like.new_zeros(kind.channels(layer)[1]), requires_grad=trainable)
     layer._parameters.update(added)
+    affine = vars(layer).get("affine")
+    if affine is not None:
+        layer.affine = True
 
     def remove() -> None:
         layer._parameters.update(dict.fromkeys(added))
+        if affine is not None:
+            layer.affine = affine
         undo()
 
     return remove
@@ -160,8 +165,12 @@ def _check_obstacles(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
 
 
 def _check_fit(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
-    modules = dict(model.named_modules())
+    modules, gone = dict(model.named_modules()), set[str]()
     for fold in plan.folds:
+        if (again := gone.intersection({fold.batchnorm, *fold.layers})) or fold.batchnorm in fold.layers:
+            name = next(iter(again), fold.batchnorm)
+            raise FoldingError(f"The plan folds the BatchNorm `{name}`, and wants it again for `{fold.batchnorm}`.")
+        gone.add(fold.batchnorm)
         batchnorm = modules.get(fold.batchnorm)
         if batchnorm is None or kinds.batchnorm(batchnorm) is None:
             found = "nothing" if batchnorm is None else type(batchnorm).__name__
@@ -172,7 +181,12 @@ def _check_fit(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
             if layer is None or kind is None:
                 found = "nothing" if layer is None else type(layer).__name__
                 raise FoldingError(f"The plan folds into the layer `{part.layer}`; the model has {found} of that name.")
+            if not _is_possible(fold.direction, kind):
+                raise FoldingError(
+                    f"The plan folds {fold.direction} into `{part.layer}`, which takes it backward alone."
+                )
             side, name = (0, kind.in_channels) if fold.direction == "forward" else (1, kind.out_channels)
+            name = name or "channels"
             has, features = kind.channels(layer)[side], kinds.num_features(batchnorm)
             wanted = features if part.channels is None else len(part.channels)
             if wanted != has:
@@ -180,6 +194,10 @@ def _check_fit(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
             channels = range(features) if part.channels is None else part.channels
             if not set(channels) <= {UNTOUCHED, *range(features)}:
                 raise FoldingError(f"The plan names channels that `{fold.batchnorm}` with {features} has not.")
+
+
+def _is_possible(direction: str, kind: LayerKind) -> bool:
+    return direction == "backward" or (not kind.transposed and (direction == "forward" or kind is not NORMALISING))
 
 
 def _fold(fold: Fold, modules: dict[str, Any], kinds: Kinds) -> list[Undo]:
@@ -214,7 +232,7 @@ def _folded_numbers(
     direction: str, part: Part, layer: Any, kind: LayerKind, scale: Tensor, shift: Tensor
 ) -> dict[str, Tensor]:
     """The new numbers of a layer, by attribute."""
-    weight, groups = layer.weight, getattr(layer, "groups", 1)
+    weight, groups = layer.weight, kind.groups(layer)
     scale, shift = _by_channel(part, scale.to(weight.device), shift.to(weight.device))
     if not kind.has_bias:
         return {"weight": fold_into_rows(weight, scale, shift)}

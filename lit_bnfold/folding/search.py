@@ -183,7 +183,8 @@ class _Search:
     def _check_computed(self, name: str, layer: Layer) -> None:
         """What a layer computes at every call must come from its own parameters alone, and go into its calls alone."""
         calls = self.graph.calls_of[name]
-        values, makers = self.graph.origins(value for call in calls for value in call.computed)
+        results = {value for call in calls for value in call.computed}
+        values, makers = self.graph.origins(results)
         originals = {self.graph.named_values[tensor].index for tensor in layer.originals}
         readers = [*calls, *(self.graph.calls[index] for index in makers)]
         for maker in readers[len(calls) :]:
@@ -192,6 +193,8 @@ class _Search:
         for value in (self.graph.values[index] for index in values):
             if value.maker is None and value.index not in originals and not value.constant:
                 raise _StaysError("computed-weight", f"the weight of `{name}` is computed from {self._named(value)}")
+            if value.maker is not None and value.index not in results and value.fate is not None:
+                raise _StaysError("computed-weight", f"the weight of `{name}` is computed from what {value.fate}")
             if not (value.maker is None and value.constant):
                 self._check_readers(value, readers)
 
@@ -345,7 +348,8 @@ class _Backward(_Search):
         if self._is_passed(call):
             return [(call.inputs[0], channels)]
         if call.kind == "batchnorm":
-            raise _StaysError("behind-batchnorm", f"it normalises what the BatchNorm `{call.owner}` gave, which stays")
+            fate = "is folded beside a layer" if call.owner in self.folded else "stays"
+            raise _StaysError("behind-batchnorm", f"it normalises what the BatchNorm `{call.owner}` gave, which {fate}")
         if call.name not in RULES:
             raise _StaysError("no-layer", f"it normalises what {self.graph.where(call)} made, which is no layer")
         try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_bnfold.folding.computed import bake, computed_tensors
+from lit_bnfold.folding.computed import bake, computed_tensors, is_steady
 from lit_bnfold.folding.copying import twin_of
 from lit_bnfold.folding.graph import FoldingError, Obstacle, ValueGraph
 from lit_bnfold.folding.kinds import Kinds
@@ -77,7 +77,7 @@ class Tape:
 
         return run
 
-    def play(self, name: str, layer: Function) -> Function:
+    def play(self, name: str, layer: Function, *, computes: bool = False) -> Function:
         """A layer that gives what it gave when it was recorded, and is computed where that was not kept."""
         if name in self._batchnorms:
             return layer
@@ -86,7 +86,7 @@ class Tape:
             take = self._takes[self._played] if self._played < len(self._takes) else Take("", None, None)
             self._played += 1
             self.agrees &= take.layer == name and (take.input is None or _is_near(take.input, input))
-            return layer(input, *args, **kwargs) if take.output is None else take.output
+            return layer(input, *args, **kwargs) if computes or take.output is None else take.output
 
         return run
 
@@ -143,12 +143,15 @@ def obstacle_to(
     moved = moves(plan, modules, kinds)
     baked = [name for name in moved if computed_tensors(modules[name])]
     for name in baked:
+        if not is_steady(modules[name]):
+            return "computed-weight", f"`{name}` computes another weight at every call"
         bake(modules[name])
     for fold in plan.folds:
         erase(modules[fold.batchnorm], fold.direction, kinds)
 
     def instead(name: str, layer: Function) -> Function:
-        played = first.tape.play(name, layer)
+        # A baked weight may be another than that of the first run: what it makes of the input is computed.
+        played = first.tape.play(name, layer, computes=name in baked)
         return moved[name](played) if name in moved else played
 
     # This time no layer is lent a bias, so that a forward which asks whether there is one is found out as well.
@@ -182,10 +185,19 @@ def _run(twin: nn.Module, recorder: Recorder, args: Sequence[Any], kwargs: Mappi
 
 def _copy_example(example: Any) -> Any:
     """A copy for one run, which may write into its inputs or empty its dicts and lists."""
-    tensors = list({id(tensor): tensor for tensor in tensors_in(example)}.values())
-    owners = Counter(map(_memory, tensors))
-    # Inputs that share memory are left together.
-    memo = {id(t): t.detach().clone() if owners[_memory(t)] == 1 and type(t) is Tensor else t for t in tensors}
+    together: dict[int, list[Tensor]] = defaultdict(list)
+    for tensor in {id(tensor): tensor for tensor in tensors_in(example)}.values():
+        together[_memory(tensor)].append(tensor)
+    memo: dict[int, Any] = {}
+    for address, tensors in together.items():
+        if len(tensors) == 1 or not address:
+            memo.update((id(tensor), tensor.detach().clone()) for tensor in tensors)
+            continue
+        # Inputs that share memory do so in the copy.
+        storage = tensors[0].untyped_storage().clone()
+        for tensor in tensors:
+            other = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            memo[id(tensor)] = other.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
     return copy.deepcopy(example, memo)
 
 
@@ -219,12 +231,15 @@ def _is_near(expected: Tensor, found: Tensor) -> bool:
 @contextmanager
 def _random_numbers_kept(model: nn.Module) -> Iterator[None]:
     devices = sorted({parameter.get_device() for parameter in model.parameters() if parameter.is_cuda})
-    state = random.getstate()
+    numpy: Any = sys.modules.get("numpy")
+    state, state_of_numpy = random.getstate(), numpy and numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(state)
+        if numpy:
+            numpy.random.set_state(state_of_numpy)
 
 
 def _nothing_compiled() -> AbstractContextManager[Any]:

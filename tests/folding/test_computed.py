@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -253,3 +255,79 @@ def test_cached_weights_of_another_moment_keep_the_batchnorm() -> None:
         model(X)  # From here on, the copies that are recorded get the weight of the original out of the cache.
         assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["computed-weight"]
     assert plan_folding(model, (X,)).folds
+
+
+# What a later search for wrong folds found.
+
+
+class Counting(nn.Module):
+    """Computes another weight at every call, and keeps count in a way that shows nowhere in the run."""
+
+    def __init__(self, count: Any) -> None:
+        super().__init__()
+        if isinstance(count, Tensor):
+            self.register_buffer("count", count)
+        else:
+            self.count = count
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return weight * self.count
+
+
+class Drawing(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * (1 + random.random())
+
+
+@pytest.mark.parametrize("parametrization", [Counting(torch.ones(())), Counting(1), Drawing()])
+def test_weight_that_is_another_at_every_call_keeps_the_batchnorm(parametrization: nn.Module) -> None:
+    layer = nn.Linear(3, 4).double()
+    parametrize.register_parametrization(layer, "weight", parametrization, unsafe=True)
+    model = nn.Sequential(layer, nn.BatchNorm1d(4)).double().eval()
+    assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["computed-weight"]
+
+
+def test_weight_that_depends_on_something_the_run_sets_keeps_the_batchnorm(net: Any) -> None:
+    class Settings:
+        factor = 1.0
+
+    class Scaled(nn.Module):
+        def __init__(self, settings: Settings) -> None:
+            super().__init__()
+            self.settings = settings
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * self.settings.factor
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.settings.factor = 2.0
+        # A layer large enough that what `fc` gave is remembered.
+        return m.head(m.bn(m.fc(x)))
+
+    settings = Settings()
+    layer = parametrize.register_parametrization(nn.Linear(3, 4), "weight", Scaled(settings))
+    model = net(forward, fc=layer, bn=nn.BatchNorm1d(4), head=nn.Linear(4, 40), settings=settings).double().eval()
+    assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["unexplained"]
+
+
+def test_layer_that_computes_another_tensor_too_keeps_the_batchnorm(judge: Judge) -> None:
+    class Scaled(nn.Linear):
+        def __init__(self, i: int, o: int) -> None:
+            super().__init__(i, o)
+            self.factor = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * self.factor)
+
+    judge(nn.Sequential(twice(Scaled(3, 4), "factor"), nn.BatchNorm1d(4)), X, kept={"1": "computed-weight"})
+    nested = parametrize.register_parametrization(nn.utils.weight_norm(nn.Linear(3, 4)).double(), "weight_g", Twice())
+    model = nn.Sequential(nested, nn.BatchNorm1d(4)).double().eval()
+    assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["computed-weight"]
+
+
+@forms
+def test_baked_layer_can_be_pickled(form: Any) -> None:
+    model = nn.Sequential(form(nn.Linear(3, 4).double()), nn.BatchNorm1d(4)).double().eval()
+    folded = pickle.loads(pickle.dumps(fold_batchnorm(model, (X,))))
+    assert sorted(folded.state_dict()) == ["0.bias", "0.weight"]

@@ -1112,3 +1112,79 @@ def test_expanded_output_written_in_place_after_normalisation_is_kept(judge: Jud
     # Each number of the output lies in memory once; each of the input's stands for three.
     model = net(lambda m, x: m.bn(m.fc(x).unsqueeze(2).expand(-1, -1, 3)).add_(1))
     judge(model, X, kept={"bn": "written"})
+
+
+# What a later search for wrong folds found.
+
+
+class ForgetsItsEps(nn.BatchNorm1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_batchnorm_that_normalises_with_another_eps_than_its_own_is_folded_with_that(
+    dtype: torch.dtype, randomised: Any, agree: Any
+) -> None:
+    model = randomised(nn.Sequential(nn.Linear(3, 4), ForgetsItsEps(4, eps=1e-1)).double()).eval()
+    plan = plan_folding(copy.deepcopy(model).to(dtype), (X.to(dtype),))
+    assert [fold.eps for fold in plan.folds] == [1e-5]
+    agree(model, plan.apply(model), [(X,)])
+
+
+def test_batchnorm_that_normalises_with_another_eps_than_its_own_takes_no_other(judge: Judge) -> None:
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3), ForgetsItsEps(3, eps=1e-1), nn.Tanh())
+    judge(model, X, folds={"2": ["1"]}, kept={"1": "no-layer"})
+
+
+def test_batchnorm_whose_eps_changes_from_call_to_call_is_kept(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.bn(m.fc(x))
+        m.bn.eps = 0.5
+        h = h + m.bn(m.other(x))
+        m.bn.eps = 1e-5
+        return h
+
+    model = net(forward, fc=nn.Linear(3, 4), other=nn.Linear(3, 4), bn=nn.BatchNorm1d(4))
+    judge(model, X, kept={"bn": "own-forward"})
+
+
+def test_batchnorm_whose_eps_the_model_sets_is_folded_with_that(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.bn.eps = 0.5
+        return m.bn(m.fc(x))
+
+    assert judge(net(forward), X, folds={"bn": ["fc"]}).folds[0].eps == 0.5
+
+
+@pytest.mark.parametrize("kind", [nn.Module, nn.Embedding])
+def test_lookup_that_limits_its_norm_by_the_call_keeps_the_batchnorm_and_the_numbers(kind: Any) -> None:
+    class Lookup(kind):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(*((7, 4) if kind is nn.Embedding else ()))
+            self.weight = nn.Parameter(torch.randn(7, 4) * 3)
+
+        def forward(self, index: Tensor) -> Tensor:
+            return F.embedding(index, self.weight, max_norm=1.0)
+
+    model = nn.Sequential(Lookup(), nn.BatchNorm1d(4)).double().eval()
+    before = copy.deepcopy(model.state_dict())
+    assert [kept.code for kept in plan_folding(model, (torch.arange(6),)).kept] == ["computed-weight"]
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_frozen_batchnorm_with_a_channel_that_never_varied_is_folded(agree: Any) -> None:
+    class DeadBatchNorm(FrozenBatchNorm1d):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.eps
+            self.running_var[0] = 0.0
+
+        def forward(self, input: Tensor) -> Tensor:
+            scale = self.weight * (self.running_var + 1e-5).rsqrt()
+            return input * scale + (self.bias - self.running_mean * scale)
+
+    model = nn.Sequential(nn.Linear(3, 4), DeadBatchNorm()).double().eval()
+    folded = fold_batchnorm(model, (X,))
+    assert isinstance(folded[1], nn.Identity)
+    agree(model, folded, [(X,)], tolerance=1e-9)

@@ -194,3 +194,59 @@ def test_recurrent_layer_is_one_call_and_lets_nothing_pass(kind: Any, judge: Any
     )  # fmt: skip
     sequence = torch.randn(4, 6, 3, dtype=torch.float64)
     judge(model, sequence, folds={"before": ["fc"]}, kept={"after": "no-layer"})
+
+
+def test_fixed_filter_is_no_layer_and_in_nobody_s_way(judge: Any) -> None:
+    class Blur(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(4, 1, 3, 3) / 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight, padding=1, groups=4)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Blur(), nn.BatchNorm2d(4))
+    images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    judge(model, images, folds={"1": ["0"]}, kept={"4": "no-layer"})
+
+
+@pytest.mark.parametrize(
+    "attributes", [{"groups": None}, {"groups": 2}, {"in_features": [3], "out_features": [4]}, {"in_features": 7}]
+)
+def test_attributes_of_a_module_that_is_a_layer_by_its_call_mean_nothing(attributes: Any, judge: Any) -> None:
+    layer = Own(F.linear, 4, 3)
+    vars(layer).update(attributes)
+    judge(nn.Sequential(layer, nn.BatchNorm1d(4)), X, folds={"1": ["0"]})
+    layer = Own(F.linear, 4, 3)
+    vars(layer).update(attributes)
+    judge(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3), layer), X, folds={"1": ["2"]})
+
+
+def test_linear_layer_with_an_attribute_called_groups_is_folded(judge: Any) -> None:
+    class Grouped(nn.Linear):
+        groups = 3
+
+    judge(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3), Grouped(3, 4)), X, folds={"1": ["2"]})
+
+
+def test_weight_of_another_rank_than_its_function_wants_is_no_layer(judge: Any, net: Any) -> None:
+    class Dot(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight)
+
+    model = net(lambda m, x: m.dot(m.bn(m.fc(x))), fc=nn.Linear(3, 3), bn=nn.BatchNorm1d(3), dot=Dot())
+    judge(model, X, folds={"bn": ["fc"]})
+
+
+def test_batchnorm_of_torch_s_may_be_named_too(judge: Any, randomised: Any, agree: Any) -> None:
+    class Named(nn.BatchNorm1d):
+        pass
+
+    model = randomised(nn.Sequential(nn.Linear(3, 4), Named(4)).double()).eval()
+    folded = fold_batchnorm(model, (X,), kinds=Kinds(batchnorms=(BatchNormKind(Named),)))
+    assert isinstance(folded[1], nn.Identity)
+    agree(model, folded, [(X,)])

@@ -350,3 +350,86 @@ def test_copies_share_what_the_originals_share() -> None:
     assert copied.empty == []
     assert copied.empty is not model[0].empty
     assert copied.name == "oddLinear"
+
+
+def test_copy_shares_no_memory_with_the_original_through_other_references(net: Any, randomised: Randomised) -> None:
+    model = randomised(net(lambda m, x: m.bn(m.fc(x))).double()).eval()
+    model.gammas, model.weights = [model.bn.weight], [model.fc.weight]
+    folded = fold_batchnorm(model, (X,))
+    assert folded.gammas[0].data_ptr() != model.bn.weight.data_ptr()
+    assert folded.weights[0] is folded.fc.weight
+    assert folded.fc.weight.data_ptr() != model.fc.weight.data_ptr()
+
+
+def test_shared_part_is_whole_when_a_class_that_copies_itself_looks_at_it() -> None:
+    class Peeking(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            inner = copy.deepcopy(self.inner, memo)
+            assert inner.weight.shape == (2, 2)
+            return Peeking(inner)
+
+    shared = nn.Linear(2, 2)
+    copied = copy_model(nn.ModuleDict({"a": nn.Sequential(shared), "z": nn.Sequential(Peeking(shared))}))
+    assert copied["a"][0] is copied["z"][0].inner
+
+
+def test_batchnorm_that_got_a_weight_says_that_it_has_one(randomised: Randomised, agree: Any) -> None:
+    model = randomised(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3), nn.BatchNorm1d(3, affine=False)).double()).eval()
+    expected = model(X)
+    with folded_in_place(plan_folding(model, (X,)), model):
+        assert model[2].affine
+    assert not model[2].affine
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(fold_batchnorm(model, (X,)))
+    torch.testing.assert_close(converted[2].weight.double(), fold_batchnorm(model, (X,))[2].weight)
+    torch.testing.assert_close(model(X), expected, rtol=0, atol=0)
+
+
+def test_plan_that_makes_no_sense_is_refused(randomised: Randomised) -> None:
+    def changed(**changes: Any) -> dict[str, Any]:
+        plan = FoldingPlan((Fold("1", (Part("0"),)),)).to_dict()
+        fold = plan["folds"][0]
+        part = changes.pop("part", None)
+        plan["folds"] = [fold | changes | ({"parts": [fold["parts"][0] | part]} if part else {})]
+        return plan
+
+    twice = changed()
+    twice["folds"] *= 2
+    bad = [
+        twice, changed(parts=[]), changed(parts=changed()["folds"][0]["parts"] * 2), changed(batchnorm="0"),
+        changed(eps=-1.0), changed(eps=float("inf")), changed(part={"shift": float("nan")}),
+        changed(part={"channels": "0123"}), changed(part={"channels": [0.5, 1.0, 2.0, 3.0]}),
+        changed(part={"channels": [float("inf")] * 4}),
+    ]  # fmt: skip
+    for plan in bad:
+        with pytest.raises(FoldingError):
+            FoldingPlan.from_dict(plan)
+
+
+@pytest.mark.parametrize(
+    "folds",
+    [
+        (Fold("1", (Part("0"),)), Fold("1", (Part("0"),))),
+        (Fold("1", (Part("0"),)), Fold("4", (Part("1"),))),
+        (Fold("1", (Part("1"),)),),
+        (Fold("1", (Part("4"),), "parallel"),),
+    ],
+)
+def test_plan_that_wants_a_batchnorm_twice_or_where_it_cannot_go_is_refused(
+    folds: tuple[Fold, ...], randomised: Randomised
+) -> None:
+    model = randomised(small())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FoldingError):
+        FoldingPlan(folds).apply(model, inplace=True)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert isinstance(model[1], nn.BatchNorm1d)
+
+
+def test_plan_that_goes_forward_into_an_embedding_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(FoldingError, match="takes it backward alone"):
+        FoldingPlan((Fold("1", (Part("0"),), "forward"),)).apply(model)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_bnfold.folding import fold_batchnorm, plan_folding
+from lit_bnfold.folding import BatchNormKind, Kinds, fold_batchnorm, plan_folding
 from lit_bnfold.folding.kinds import Normalisation
 from lit_bnfold.folding.moved import with_batchnorm
 from lit_bnfold.folding.plan import Part
@@ -137,3 +137,39 @@ def test_input_that_only_an_erased_batchnorm_reads_at_first_is_the_same_input(ju
 
     model = net(forward, bn=nn.BatchNorm1d(3), fc=nn.Linear(3, 4), other=nn.Linear(3, 4))
     judge(model, X, folds={"bn": ["fc"]})
+
+
+def test_inputs_that_share_memory_come_out_as_they_went_in(net: Any) -> None:
+    model = net(lambda m, x, y: m.bn(m.fc(x.add_(1))) + y.sum()).double().eval()
+    rows = torch.randn(5, 6, dtype=torch.float64)
+    before = rows.clone()
+    assert plan_folding(model, (rows[:, :3], rows[:, 3:])).folds
+    assert torch.equal(rows, before)
+
+
+def test_random_numbers_of_numpy_come_out_as_they_went_in(net: Any) -> None:
+    numpy = pytest.importorskip("numpy")
+    model = net(lambda m, x: m.bn(m.fc(x)) * numpy.random.rand()).double().eval()
+    numpy.random.seed(3)
+    assert plan_folding(model, (X,)).folds
+    drawn = numpy.random.rand()
+    numpy.random.seed(3)
+    assert numpy.random.rand() == drawn
+
+
+def test_buffer_that_counts_inside_a_normalisation_of_a_project_is_put_back() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.randn(4))
+            self.register_buffer("variance", torch.rand(4) + 0.2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return (x - self.mean) / self.variance.sqrt()
+
+    kinds = Kinds(batchnorms=(BatchNormKind(Counting, "mean", "variance"),))
+    model = nn.Sequential(nn.Linear(3, 4), Counting()).double().eval()
+    assert plan_folding(model, (X,), kinds=kinds).folds
+    assert model[1].calls == 0
