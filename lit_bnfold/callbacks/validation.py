@@ -125,7 +125,8 @@ def run_training_steps(
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
         raise FoldingError("`training_step` takes a `dataloader_iter`; nobody else can hand it batches.")
     done = 0
-    with torch.inference_mode(False), torch.enable_grad(), _put_back([vars(trainer), vars(trainer.fit_loop)]):
+    # To leave inference mode also means to turn gradients on.
+    with torch.inference_mode(False), _put_back([vars(trainer), vars(trainer.fit_loop)]):
         _set_up_training_loaders(trainer)
         with _training_sandbox(trainer, pl_module):
             for module, flag in flags.items():
