@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from lit_bnfold.checkpoint import whole_file
 from lit_bnfold.folding import FoldingError
-from lit_bnfold.folding.rewrite import copy_model
+from lit_bnfold.folding.copying import copy_model
 from lit_bnfold.metrics import OutputError
 
 Export = Literal["onnx", "torch_export"]
