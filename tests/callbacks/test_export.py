@@ -427,6 +427,26 @@ def test_the_first_call_is_noted_as_it_was() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
+def test_one_rank_exports_and_every_rank_knows_how_that_went(
+    tmp_path: Path, randomised: Randomised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Noting(BatchNormFolding):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            super().on_train_end(trainer, pl_module)
+            assert self.report["exports"] == {"torch_export": {"max_abs": 0.0, "max_rel": 0.0}}
+            (tmp_path / f"noted by {trainer.global_rank}, who wrote {len(written)}").touch()
+
+    written: list[nn.Module] = []
+    monkeypatch.setattr(exporting, "_write_program", lambda *args: (written.append(args[0]), args[-1].touch()))
+    monkeypatch.setattr(
+        exporting, "_run_program", lambda _, calls: [exporting._outputs(written[0], call) for call in calls]
+    )
+    fit(tmp_path, randomised(Tiny()), Noting(export=["torch_export"]), strategy="ddp_fork", devices=2)
+    files = {"folded.ckpt", "folding.json", "folded.pt2"}
+    assert names_in(tmp_path) == files | {"noted by 0, who wrote 1", "noted by 1, who wrote 0"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forked")
 def test_every_rank_hears_of_an_export_that_failed(tmp_path: Path, randomised: Randomised) -> None:
     class Hearing(BatchNormFolding):
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

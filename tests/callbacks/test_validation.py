@@ -1039,6 +1039,17 @@ class Watching(StepProbe):
         super().on_train_end(trainer, pl_module)
 
 
+def test_training_steps_run_under_the_other_import_name_of_lightning(tmp_path: Path) -> None:
+    class StandaloneProbe(StepProbe, pytorch_lightning.Callback):
+        pass
+
+    probe = StandaloneProbe()
+    trainer = quiet_trainer(tmp_path, pytorch_lightning.Trainer, callbacks=[probe])
+    trainer.fit(StandaloneTiny(), loader(), loader())
+    assert probe.steps == [3, 3]
+    assert probe.trace() == {}
+
+
 def test_each_training_step_begins_with_the_module_as_it_is(tmp_path: Path) -> None:
     class Drifting(Tiny):
         is_watched = automatic_optimization = False
