@@ -151,7 +151,7 @@ def main(args: list[str] | None = None) -> None:
             seed_everything_default=42,
             args=args,
         )
-    except (FoldingError, MisconfigurationException, OSError, ValueError) as error:
+    except (FoldingError, MisconfigurationException, ModuleNotFoundError, OSError, ValueError) as error:
         _leave(error)
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):

@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lit_bnfold.callbacks.export as exporting
 from lit_bnfold import BatchNormFolding, BatchNormMLP
 from lit_bnfold.cli import NamesCLI, main
 
@@ -308,6 +309,39 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_folds_it(tmp_path: Path
     assert folded.hparams["block_size"] == 4
 
 
+# What is asked for besides --------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_reestimated_and_the_folded_network_exported_on_request(tmp_path: Path) -> None:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name)
+    extras = ["--folding.reestimate_batches", 3, "--folding.export", "[onnx]"]
+    run = command(tmp_path, "fit", "--config", CONFIGS[0].parent / "smoke.yaml", *SHORT, *extras)
+    assert run.report["reestimated"]["batches"] == 3
+    assert run.report["reestimated"]["before"].keys() == run.report["validation"]["original"].keys()
+    assert run.report["exports"].keys() == {"onnx"}
+    assert "failure" not in run.report["exports"]["onnx"]
+    assert (run.directory / "folded.onnx").is_file()
+    assert "folding/before_reestimation/val/loss" in run.metrics
+    # Of a checkpoint that exists, from batches that another run draws at its beginning.
+    last = run.directory / "checkpoints" / "last.ckpt"
+    command(tmp_path, "fold", "--ckpt_path", last, "--folding.reestimate_batches", 2, "--folding.dirpath", tmp_path)
+    report = json.loads((tmp_path / "folding.json").read_text())
+    assert report["reestimated"]["batches"] == 2
+    assert report["reestimated"]["before"] == pytest.approx(run.report["reestimated"]["before"])
+
+
+def test_what_an_export_needs_is_said_before_training_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None)
+    said = leaves(capsys, "fit", *QUIET, *SHORT, "--folding.export", "[onnx]", "--trainer.logger", "false")
+    assert said.startswith("lit-bnfold: Exporting to ONNX needs onnx")
+    assert said.endswith("pip install 'lit-bnfold[onnx]'")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 # What it refuses ------------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +380,8 @@ WRONG = {
     "missing_config": (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
     "wrong_value": (["fit", "--folding.tolerance", "0"], "lit-bnfold: tolerance: expected a number above 0 or None"),
     "wrong_choice": (["fit", "--folding.weights", "first"], "weights"),
+    "wrong_count": (["fit", "--folding.reestimate_batches", "-1"], "lit-bnfold: reestimate_batches: expected a number"),
+    "wrong_export": (["fit", "--folding.export", "[torchscript]"], "export"),
     "wrong_size": (["fit", "--data.block_size", "0"], "lit-bnfold: block_size: expected at least 1, got 0"),
     "wrong_device": (
         ["fit", "--trainer.accelerator", "abacus"],
@@ -423,3 +459,4 @@ def test_the_command_line_offers_the_callback_as_it_is() -> None:
     """A default that the command line changed would not be what the README says of the callback."""
     folding = BatchNormFolding()
     assert (folding.weights, folding.tolerance, folding.on_mismatch, folding.replace) == ("last", None, "raise", False)
+    assert (folding.reestimate_batches, folding.export) == (0, ())

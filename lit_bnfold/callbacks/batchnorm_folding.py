@@ -12,13 +12,15 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lit_bnfold.callbacks.export import FILES, Call, Export, check_extras, export_files, first_call
 from lit_bnfold.callbacks.proof import GraphWitness, LayerWitness, Witness, output_error
+from lit_bnfold.callbacks.reestimation import Reestimation
 from lit_bnfold.callbacks.report import Report, make_report, print_report, scalars, write_report
-from lit_bnfold.callbacks.validation import ValidationRun, run_validation
+from lit_bnfold.callbacks.validation import ValidationRun, first_training_batch, run_validation
 from lit_bnfold.checkpoint import save_folded, whole_file
 from lit_bnfold.folding import FoldingError, FoldingPlan
 from lit_bnfold.folding.copying import copy_model
@@ -50,10 +52,17 @@ class BatchNormFolding(Callback):
             By default it follows the dtype and the precision: 1e-4 in float32.
         on_mismatch: What happens if the versions do not agree: ``raise`` a FoldingError, or ``warn`` and keep the
             unfolded module. Nothing is written in either case.
+        reestimate_batches: From how many training batches the BatchNorm statistics are computed anew before folding:
+            the true mean and variance over all of them, by running ``training_step`` without training. With 0 those
+            that training left are folded. The module has its own back afterwards, unless ``replace`` is set.
+        export: What else is written, any of ``onnx`` (``folded.onnx``) and ``torch_export`` (``folded.pt2``), with a
+            batch of any size. Each file is first run and compared with the folded module. One that cannot be made is
+            treated as ``on_mismatch`` says, when the others are there.
         dirpath: Where the files go. By default the logger's directory, or else the trainer's ``default_root_dir``.
         replace: Whether the trainer's own module is the folded one afterwards.
 
     Raises:
+        TypeError: If ``reestimate_batches`` is no integer, or ``export`` is a string.
         ValueError: If an argument is none of its choices.
 
     Attributes:
@@ -74,6 +83,8 @@ class BatchNormFolding(Callback):
         weights: Literal["last", "best"] = "last",
         tolerance: float | None = None,
         on_mismatch: Literal["raise", "warn"] = "raise",
+        reestimate_batches: int = 0,
+        export: Sequence[Export] = (),
         dirpath: str | None = None,
         replace: bool = False,
     ) -> None:
@@ -85,9 +96,20 @@ class BatchNormFolding(Callback):
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}.")
         if tolerance is not None and not tolerance > 0:
             raise ValueError(f"tolerance: expected a number above 0 or None, got {tolerance!r}.")
+        if not isinstance(reestimate_batches, int) or isinstance(reestimate_batches, bool):
+            raise TypeError(f"reestimate_batches: expected an int, got {reestimate_batches!r}.")
+        if reestimate_batches < 0:
+            raise ValueError(f"reestimate_batches: expected a number of batches from 0 on, got {reestimate_batches}.")
+        if isinstance(export, str):
+            raise TypeError(f"export: expected a sequence such as ({export!r},), got the string {export!r}.")
+        for kind in export:
+            if kind not in FILES:
+                raise ValueError(f"export: expected any of {tuple(FILES)}, got {kind!r}.")
         self.weights = weights
         self.tolerance = tolerance
         self.on_mismatch = on_mismatch
+        self.reestimate_batches = reestimate_batches
+        self.export = tuple(dict.fromkeys(export))
         self.dirpath = dirpath
         self.replace = replace
         self.plan: FoldingPlan | None = None
@@ -99,10 +121,12 @@ class BatchNormFolding(Callback):
 
         Raises:
             FoldingError: If the strategy shards the module.
+            ModuleNotFoundError: If an export needs what is not installed.
             NotADirectoryError: If ``dirpath`` is a file.
         """
         if stage != "fit":
             return
+        check_extras(self.export)
         self.plan = self.report = self.folded_module = None
         if self.dirpath is not None and Path(self.dirpath).is_file():
             raise NotADirectoryError(f"dirpath: expected a directory, found a file at {self.dirpath}.")
@@ -121,12 +145,13 @@ class BatchNormFolding(Callback):
         """Fold and prove.
 
         Raises:
-            FoldingError: If the versions do not agree and ``on_mismatch`` is ``raise``.
+            FoldingError: If the versions do not agree, or an export fails, and ``on_mismatch`` is ``raise``.
         """
         directory = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
-        with self._chosen_weights(trainer, pl_module) as weights, _as_in_the_first_process(trainer, pl_module):
+        with self._chosen_weights(trainer, pl_module) as weights, self._as_in_the_first_process(trainer, pl_module):
             self._fold(trainer, pl_module, partial(run_validation, trainer, pl_module), directory, weights)
         self._log(trainer)
+        self._tell_failed_exports()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to fold what an interrupted training has left."""
@@ -154,8 +179,10 @@ class BatchNormFolding(Callback):
             datamodule: Where the validation data comes from, if not from the module.
 
         Raises:
-            FoldingError: If the versions do not agree and ``on_mismatch`` is ``raise``.
+            FoldingError: If the versions do not agree, or an export fails, and ``on_mismatch`` is ``raise``.
+            ModuleNotFoundError: If an export needs what is not installed.
         """
+        check_extras(self.export)
         directory = Path(self.dirpath or Path(ckpt_path).parent)
         others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         path = str(ckpt_path)
@@ -174,9 +201,31 @@ class BatchNormFolding(Callback):
             return ValidationRun(metrics, tuple(int(batches) for batches in trainer.num_val_batches))
 
         self._fold(trainer, pl_module, validate, directory, f"checkpoint {ckpt_path}")
+        self._tell_failed_exports()
 
     def _fold(
         self, trainer: Trainer, pl_module: LightningModule, validate: _Validate, directory: Path, weights: str
+    ) -> None:
+        if self.reestimate_batches == 0:
+            self._fold_as_it_is(trainer, pl_module, validate, directory, weights)
+            return
+        reestimation = Reestimation(pl_module, self.reestimate_batches)
+        before = validate([reestimation])
+        if reestimation.moments is None:
+            # There is nothing to validate on, so nobody has asked it to measure.
+            reestimation.measure(trainer, pl_module)
+        with reestimation.applied(pl_module, keep=lambda: self.folded_module is pl_module):
+            reestimated = reestimation.to_dict() | {"before": before.metrics if before else {}}
+            self._fold_as_it_is(trainer, pl_module, validate, directory, weights, reestimated)
+
+    def _fold_as_it_is(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        validate: _Validate,
+        directory: Path,
+        weights: str,
+        reestimated: dict[str, Any] | None = None,
     ) -> None:
         """The order of events: validate and watch, plan, fold, validate again, compare, write."""
         with GraphWitness(pl_module) as original:
@@ -188,7 +237,7 @@ class BatchNormFolding(Callback):
         plan = original.plan()
         folded = LayerWitness(pl_module, plan)
         with folded_in_place(plan, pl_module):
-            with folded:
+            with folded, first_call(pl_module) as calls:
                 after = validate([folded])
                 if no_batch:
                     self._run_example(trainer, pl_module, folded)
@@ -196,9 +245,9 @@ class BatchNormFolding(Callback):
             outputs = output_error(plan, original, folded)
             tolerance = self.tolerance or _default_tolerance(trainer, pl_module)
             runs = (before, after)
-            self.report = make_report(plan, layer_errors, runs, outputs, weights, tolerance, folded.stray)
+            self.report = make_report(plan, layer_errors, runs, outputs, weights, tolerance, folded.stray, reestimated)
             if self.report["mismatch"] is None:
-                self._write(trainer, pl_module, plan, directory)
+                self._write(trainer, pl_module, plan, directory, calls)
         self.plan = plan
         self._conclude(trainer, pl_module, directory)
 
@@ -208,20 +257,16 @@ class BatchNormFolding(Callback):
         if example is None:
             source = "a training batch"
             # Both versions get the same batch, and training's random numbers stay as they were.
-            with isolate_rng():
-                batch, _, _ = next(iter(CombinedLoader(trainer.train_dataloader)))
-            batch = trainer.strategy.batch_to_device(batch)
+            batch = first_training_batch(trainer, pl_module)
             example = batch[0] if isinstance(batch, (list, tuple)) else batch
-        args, kwargs = (example if isinstance(example, tuple) else (example,)), {}
-        if isinstance(example, dict):
-            args, kwargs = (), example
-        witness.batches.append((args, kwargs))
+        call = Call.of(example)
+        witness.batches.append((call.args, call.kwargs))
         flags = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
         try:
             with torch.no_grad(), trainer.precision_plugin.forward_context():
                 witness.watch()
-                pl_module(*args, **kwargs)
+                pl_module(*call.args, **call.kwargs)
         except Exception as error:
             raise FoldingError(
                 f"There is nothing to validate on, and `forward` does not run on {source}: {error}. Set "
@@ -231,16 +276,33 @@ class BatchNormFolding(Callback):
             for module, flag in flags.items():
                 module.training = flag
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, plan: FoldingPlan, directory: Path) -> None:
+    def _write(
+        self, trainer: Trainer, pl_module: LightningModule, plan: FoldingPlan, directory: Path, calls: Sequence[Call]
+    ) -> None:
         """Write the files while the module is folded, and keep a copy of it."""
         assert self.report is not None
+        folded = _copy(pl_module)
         # A `fast_dev_run` leaves no files, and must not replace those of a real one.
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             save_folded(trainer, pl_module, plan, directory / "folded.ckpt")
+            example = pl_module.example_input_array
+            calls = calls or ([] if example is None else [Call.of(example)])
+            tolerance = self.tolerance or _dtype_tolerance(pl_module)
+            self.report["exports"] = export_files(self.export, trainer, folded, calls, directory, tolerance)
             with whole_file(directory / "folding.json", trainer) as part:
                 if trainer.is_global_zero:
                     write_report(self.report, part)
-        self.folded_module = _copy(pl_module)
+        self.folded_module = folded
+
+    def _tell_failed_exports(self) -> None:
+        """Raise or warn, as for a mismatch, when everything else is done."""
+        exports = {} if self.report is None else self.report["exports"]
+        failures = [f"{FILES[kind]}: {result['failure']}" for kind, result in exports.items() if "failure" in result]
+        if failures:
+            message = f"Exporting the folded module failed, {'; '.join(failures)}. Its folded.ckpt is written."
+            if self.on_mismatch == "raise":
+                raise FoldingError(message)
+            rank_zero_warn(message)
 
     def _conclude(self, trainer: Trainer, pl_module: LightningModule, directory: Path) -> None:
         assert self.report is not None
@@ -261,7 +323,9 @@ class BatchNormFolding(Callback):
         if trainer.is_global_zero:
             print_report(self.report)
         if self.report["mismatch"] is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(f"Wrote folded.ckpt and folding.json to {directory.absolute()}")
+            exported = [FILES[kind] for kind, result in self.report["exports"].items() if "failure" not in result]
+            names = ", ".join(["folded.ckpt", *exported])
+            rank_zero_info(f"Wrote {names} and folding.json to {directory.absolute()}")
 
     def _log(self, trainer: Trainer) -> None:
         assert self.report is not None
@@ -290,6 +354,25 @@ class BatchNormFolding(Callback):
             if self.folded_module is not pl_module:
                 pl_module.load_state_dict(last, strict=pl_module.strict_loading)
 
+    @contextmanager
+    def _as_in_the_first_process(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """Give every process the statistics of the first, whose checkpoint is written, and validate without a wrapper.
+
+        A wrapper such as DDP's would turn each step into a call of the module itself, of which nobody sees the inside.
+        """
+        strategy = trainer.strategy
+        buffers = dict(pl_module.named_buffers()) if trainer.world_size > 1 else {}
+        wrapped, own = strategy.model, {name: buffer.clone() for name, buffer in buffers.items()}
+        first = strategy.broadcast({name: buffer.cpu() for name, buffer in own.items()})
+        try:
+            strategy.model = pl_module
+            _copy_numbers(first, buffers)
+            yield
+        finally:
+            strategy.model = wrapped
+            if self.folded_module is not pl_module:
+                _copy_numbers(own, buffers)
+
     @property
     def state_key(self) -> str:
         """What tells the states of two of these callbacks apart, one for the last and one for the best weights."""
@@ -302,25 +385,6 @@ class BatchNormFolding(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the report of an earlier run."""
         self.report = state_dict or None
-
-
-@contextmanager
-def _as_in_the_first_process(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Give every process the statistics of the first one, whose checkpoint is written, and validate without a wrapper.
-
-    A wrapper such as DDP's would turn each step into a call of the module itself, of which nobody sees the inside.
-    """
-    strategy = trainer.strategy
-    buffers = dict(pl_module.named_buffers()) if trainer.world_size > 1 else {}
-    wrapped, own = strategy.model, {name: buffer.clone() for name, buffer in buffers.items()}
-    first = strategy.broadcast({name: buffer.cpu() for name, buffer in own.items()})
-    try:
-        strategy.model = pl_module
-        _copy_numbers(first, buffers)
-        yield
-    finally:
-        strategy.model = wrapped
-        _copy_numbers(own, buffers)
 
 
 def _copy_numbers(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
@@ -345,6 +409,11 @@ def _default_tolerance(trainer: Trainer, pl_module: LightningModule) -> float:
     precision = str(trainer.precision)
     if "16" in precision:
         return _TOLERANCES[torch.bfloat16 if "bf16" in precision else torch.float16]
+    tolerance = _dtype_tolerance(pl_module)
+    is_tf32 = pl_module.device.type == "cuda" and torch.float32 in {each.dtype for each in pl_module.parameters()}
+    return max(tolerance, _TF32_TOLERANCE) if is_tf32 else tolerance
+
+
+def _dtype_tolerance(pl_module: LightningModule) -> float:
     dtypes = {parameter.dtype for parameter in pl_module.parameters()} & _TOLERANCES.keys()
-    tolerance = max((_TOLERANCES[dtype] for dtype in dtypes), default=_TOLERANCES[torch.float32])
-    return max(tolerance, _TF32_TOLERANCE) if pl_module.device.type == "cuda" and torch.float32 in dtypes else tolerance
+    return max((_TOLERANCES[dtype] for dtype in dtypes), default=_TOLERANCES[torch.float32])

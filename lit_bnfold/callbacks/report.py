@@ -16,10 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 import lit_bnfold
+from lit_bnfold.callbacks.export import FILES
 from lit_bnfold.callbacks.validation import ValidationRun
 from lit_bnfold.folding import FoldingPlan
 
 Report = dict[str, Any]
+
+_REESTIMATED_COLUMNS = ("re-estimated", "folded", "difference")
 
 
 def make_report(
@@ -30,6 +33,7 @@ def make_report(
     weights: str,
     tolerance: float,
     stray: str | None = None,
+    reestimated: Mapping[str, Any] | None = None,
 ) -> Report:
     """Put together what a folding did and what its proof measured.
 
@@ -41,11 +45,13 @@ def make_report(
         weights: Which weights were folded, in words.
         tolerance: The largest relative error that counts as agreement.
         stray: A sentence about a batch that took another path than the one the plan was made for, if there was one.
+        reestimated: What was re-estimated before all that, with the metrics ``before``; None if nothing was.
 
     Returns:
         Plain dicts, lists, strings and numbers. ``mismatch`` says in a sentence what does not agree; None if all does.
         ``moved`` names the metrics that moved by more than rounding explains, which alone is no mismatch: the loss of
-        a perfect model is all rounding, and an accuracy jumps where two classes were equally likely.
+        a perfect model is all rounding, and an accuracy jumps where two classes were equally likely. ``exports`` is
+        empty, and for whoever exports to fill.
     """
     report: Report = {
         "folds": [
@@ -64,6 +70,8 @@ def make_report(
         },
         "output_error": None if output_error is None else dict(output_error),
         "weights": weights,
+        "reestimated": None if reestimated is None else dict(reestimated),
+        "exports": {},
         "tolerance": tolerance,
         "versions": {
             "lit_bnfold": lit_bnfold.__version__,
@@ -111,13 +119,17 @@ def scalars(report: Report) -> dict[str, float]:
         report: A report.
 
     Returns:
-        ``folding/original/<key>`` and ``folding/folded/<key>`` for every key that validation logs, and four more.
+        ``folding/original/<key>`` and ``folding/folded/<key>`` for every key that validation logs, and four more;
+        ``folding/before_reestimation/<key>`` as well, if statistics were re-estimated.
     """
     numbers = {
         f"folding/{version}/{key}": value
         for version, metrics in report["validation"].items()
         for key, value in metrics.items()
     }
+    if report["reestimated"] is not None:
+        before = report["reestimated"]["before"]
+        numbers |= {f"folding/before_reestimation/{key}": value for key, value in before.items()}
     if report["output_error"] is not None:
         numbers |= {f"folding/{key}_error": value for key, value in report["output_error"].items()}
     return numbers | {"folding/folds": float(len(report["folds"])), "folding/kept": float(len(report["kept"]))}
@@ -147,20 +159,29 @@ def print_report(report: Report) -> None:
     Args:
         report: A report.
     """
-    table = Table("", "original", "folded", "difference", title="BatchNorm folding")
+    reestimated = report["reestimated"]
+    columns = ["original", "folded", "difference"] if reestimated is None else ["as trained", *_REESTIMATED_COLUMNS]
+    table = Table("", *columns, title="BatchNorm folding")
     for column in table.columns[1:]:
         column.justify = "right"
+
+    def add_row(name: str, before: str, *cells: str) -> None:
+        table.add_row(name, *([] if reestimated is None else [before]), *cells)
+
     for fold in report["folds"]:
-        table.add_row(fold["batchnorm"], "BatchNorm", " + ".join(fold["layers"]), f"{fold['max_rel_error']:.1e}")
+        add_row(fold["batchnorm"], "", "BatchNorm", " + ".join(fold["layers"]), f"{fold['max_rel_error']:.1e}")
     for kept in report["kept"]:
-        table.add_row(kept["batchnorm"], "BatchNorm", "kept", "")
+        add_row(kept["batchnorm"], "", "BatchNorm", "kept", "")
     table.add_section()
+    before = {} if reestimated is None else reestimated["before"]
     original, folded = report["validation"]["original"], report["validation"]["folded"]
     for key, value in original.items():
-        other = folded.get(key, math.nan)
-        table.add_row(key, f"{value:.6f}", f"{other:.6f}", f"{other - value:+.1e}")
+        earlier, other = before.get(key, math.nan), folded.get(key, math.nan)
+        add_row(key, f"{earlier:.6f}", f"{value:.6f}", f"{other:.6f}", f"{other - value:+.1e}")
     if report["output_error"] is not None:
-        table.add_row("largest error of an output", "", "", f"{report['output_error']['max_abs']:.1e}")
+        add_row("largest error of an output", "", "", "", f"{report['output_error']['max_abs']:.1e}")
+    for kind, result in report["exports"].items():
+        add_row(f"error of {FILES[kind]}", "", "", "", f"{result['max_abs']:.1e}" if "max_abs" in result else "failed")
     console = Console()
     console.print(table)
     for kept in report["kept"]:

@@ -1,4 +1,4 @@
-"""One run of a module's own validation, in the middle of a fit, that leaves no trace.
+"""One run of a module's own validation, or of its training steps, in the middle of a fit, that leaves no trace.
 
 Lightning has no public way to validate from inside a hook of ``Trainer.fit``, so this file drives the fit's own
 validation loop. It is the only file of this package that touches names private to Lightning. Most of them are never
@@ -9,9 +9,10 @@ import random
 import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, singledispatch
+from itertools import islice
 from typing import Any
 
 import numpy
@@ -22,13 +23,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torchmetrics import Metric
+
+from lit_bnfold.folding import FoldingError
 
 _GENERATORS = (torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState)
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
 _OPENED = (nn.Module, dict, list, tuple, deque, set, *_GENERATORS)
-_VALIDATION_HOOKS = tuple(name for name in dir(Callback) if name.startswith("on_validation_"))
+_HOOKS = tuple(name for name in dir(Callback) if name.startswith("on_"))
 _LIVE_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 
@@ -87,6 +96,69 @@ def run_validation(
     return ValidationRun(metrics or loss, batches)
 
 
+def run_training_steps(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    batches: int,
+    flags: Mapping[nn.Module, bool],
+    watching: AbstractContextManager[object],
+) -> int:
+    """Run the ``training_step`` of ``pl_module`` on the first batches of its training data, and train nothing.
+
+    Each step begins with the module as it is now, whatever the steps before it did. An optimizer that is told to step
+    runs its closure and finds no gradients, ``self.log`` does nothing, and everything is put back as by
+    ``run_validation``, parameters and gradients as well. Without a fit the training loaders are set up for this run.
+
+    Args:
+        trainer: A Trainer in ``fit`` or in ``validate``, at a point where no step runs; all ranks of it.
+        pl_module: The module of ``trainer``.
+        batches: How many batches to run, or all if there are fewer.
+        flags: The training flags of the modules for these steps.
+        watching: What is entered around each step.
+
+    Returns:
+        The number of batches run by this rank.
+
+    Raises:
+        FoldingError: If ``training_step`` takes the iterator of the loader instead of a batch.
+    """
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise FoldingError("`training_step` takes a `dataloader_iter`; nobody else can hand it batches.")
+    done = 0
+    # To leave inference mode also means to turn gradients on.
+    with torch.inference_mode(False), _put_back([vars(trainer), vars(trainer.fit_loop)]):
+        _set_up_training_loaders(trainer)
+        with _training_sandbox(trainer, pl_module):
+            for module, flag in flags.items():
+                module.training = flag
+            for batch in _training_batches(trainer, pl_module, batches):
+                with _put_back(_weights(pl_module)), _put_back(_module_parts(trainer, pl_module)):
+                    for parameter in pl_module.parameters():
+                        parameter.grad = None
+                    with trainer.precision_plugin.train_step_context(), watching:
+                        _training_step(pl_module, batch, done)
+                done += 1
+    return done
+
+
+def first_training_batch(trainer: Trainer, pl_module: LightningModule) -> Any:
+    """Return the first batch of the training data, as ``training_step`` would get it.
+
+    Args:
+        trainer: A Trainer in ``fit``.
+        pl_module: The module of ``trainer``.
+
+    Raises:
+        FoldingError: If the training data is used up.
+    """
+    loop = trainer.fit_loop
+    with _same_random_numbers(trainer.global_rank), _put_back(_trainer_parts(trainer, loop)):
+        _drop_iterators(loop)
+        for batch in _training_batches(trainer, pl_module, 1):
+            return batch
+    raise FoldingError("There is no training batch: the training data is used up.")
+
+
 def _set_up_loaders(trainer: Trainer) -> None:
     """Ask for the validation loaders, as the start of a fit does, if this fit has not done so."""
     loop = trainer.fit_loop.epoch_loop.val_loop
@@ -96,43 +168,91 @@ def _set_up_loaders(trainer: Trainer) -> None:
             loop.setup_data()
 
 
+def _set_up_training_loaders(trainer: Trainer) -> None:
+    """Ask for the training loaders, as the start of a fit does, where no fit has done so."""
+    if trainer.fit_loop._combined_loader is None:
+        with _put_back([vars(trainer.state)]), _same_random_numbers(trainer.global_rank):
+            trainer.training = True
+            datamodule = getattr(trainer, "datamodule", None)
+            if datamodule is not None:
+                datamodule.setup("fit")
+            trainer.fit_loop.setup_data()
+
+
+def _training_batches(trainer: Trainer, pl_module: LightningModule, count: int) -> Iterator[Any]:
+    """Yield the first batches of the training data as the training loop hands them to the module."""
+    loop = trainer.fit_loop
+    assert loop._combined_loader is not None
+    for batch, _, _ in islice(loop._combined_loader, int(min(count, loop.max_batches))):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _training_step(pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    takes_number = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+    pl_module.training_step(*((batch, batch_idx) if takes_number else (batch,)))
+
+
 @contextmanager
 def _sandbox(trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[Callback]) -> Iterator[None]:
     """Ready ``trainer`` for a validation run in which only ``callbacks`` take part, and take all of it back."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    with _no_trace(trainer, pl_module, loop, callbacks):
+        trainer.validating = True
+        loop.batch_progress = type(loop.batch_progress)()
+        loop._results = type(loop._results)(training=False)
+        loop._module_mode = type(loop._module_mode)()
+        loop._seen_batches_per_dataloader = defaultdict(int)
+        # With reload_dataloaders_every_n_epochs the run would ask for new loaders; those of the last validation serve.
+        loop._last_val_dl_reload_epoch = trainer.current_epoch
+        yield
+
+
+@contextmanager
+def _training_sandbox(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Ready ``trainer`` for training steps that train nothing, and take all of it back."""
+    precision = trainer.precision_plugin.state_dict()
+    with _no_trace(trainer, pl_module, trainer.fit_loop), _put_back([vars(trainer.strategy)]), _no_optimizer_steps():
+        trainer.training = True
+        if not pl_module.automatic_optimization and not trainer.optimizers:
+            trainer.strategy.setup_optimizers(trainer)
+        vars(pl_module)["log"] = _nothing
+        try:
+            yield
+        finally:
+            trainer.precision_plugin.load_state_dict(precision)
+
+
+@contextmanager
+def _no_trace(
+    trainer: Trainer, pl_module: LightningModule, loop: Any, callbacks: Sequence[Callback] = ()
+) -> Iterator[None]:
+    """Let nobody but ``callbacks`` hear of what ``loop`` does in here, and put back whatever that may change."""
     measuring = {id(callback) for callback in callbacks}
     others = [callback for callback in vars(trainer)["callbacks"] if id(callback) not in measuring]
+    connector = trainer._logger_connector
     with ExitStack() as stack:
         stack.enter_context(_same_random_numbers(trainer.global_rank))
         # Compiled code would be compiled again for layers that are swapped for one run only.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_put_back(_trainer_parts(trainer)))
+        stack.enter_context(_put_back(_trainer_parts(trainer, loop)))
         stack.enter_context(_put_back(_module_parts(trainer, pl_module)))
         for logger in trainer.loggers:
             stack.enter_context(_muted_logger(logger))
         for callback in others:
             stack.enter_context(_muted_callback(callback))
         vars(trainer).update(callbacks=[*others, *callbacks], profiler=PassThroughProfiler())
-        trainer.validating = True
-        _start_afresh(trainer)
+        # Copies, not empty dicts: a hook of the module may read what training logged.
+        for name in _LIVE_METRICS:
+            setattr(connector, name, dict(getattr(connector, name)))
+        _drop_iterators(loop)
         yield
 
 
-def _start_afresh(trainer: Trainer) -> None:
-    """Give the validation loop and the logger connector new objects wherever a run would change theirs in place."""
-    connector = trainer._logger_connector
-    # Copies, not empty dicts: a hook of the module may read what training logged.
-    for name in _LIVE_METRICS:
-        setattr(connector, name, dict(getattr(connector, name)))
-
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    loop.batch_progress = type(loop.batch_progress)()
-    loop._results = type(loop._results)(training=False)
-    loop._module_mode = type(loop._module_mode)()
-    loop._seen_batches_per_dataloader = defaultdict(int)
-    # With reload_dataloaders_every_n_epochs the run would ask for new loaders; those of the last validation serve.
-    loop._last_val_dl_reload_epoch = trainer.current_epoch
-    for part in _loader_parts(trainer):
-        # Persistent workers would go on with the random numbers of the run before; new ones begin from the seed.
+def _drop_iterators(loop: Any) -> None:
+    """Let the loaders of a loop begin anew: persistent workers would go on with the random numbers they have."""
+    for part in _loader_parts(loop):
         if "_iterator" in vars(part):
             vars(part)["_iterator"] = None
 
@@ -140,14 +260,14 @@ def _start_afresh(trainer: Trainer) -> None:
 # What is put back ----------------------------------------------------------------------------------------------------
 
 
-def _trainer_parts(trainer: Trainer) -> Iterator[object]:
-    """Yield the state outside the module that a validation run, or user code in it, may change."""
+def _trainer_parts(trainer: Trainer, loop: Any) -> Iterator[object]:
+    """Yield the state outside the module that a run of ``loop``, or user code in it, may change."""
     owners = [
         trainer,
         trainer.state,
         trainer._logger_connector,
-        trainer.fit_loop.epoch_loop.val_loop,
-        *_loader_parts(trainer),
+        loop,
+        *_loader_parts(loop),
         *(config.scheduler for config in trainer.lr_scheduler_configs),
         getattr(trainer, "datamodule", None),
     ]
@@ -156,11 +276,13 @@ def _trainer_parts(trainer: Trainer) -> Iterator[object]:
         yield from (value for value in vars(owner).values() if isinstance(value, _GENERATORS))
     for optimizer in trainer.optimizers:
         yield from optimizer.param_groups
+        yield optimizer.state
+        yield from (state for state in optimizer.state.values() if isinstance(state, dict))
 
 
-def _loader_parts(trainer: Trainer) -> list[object]:
-    """List the validation loaders with their samplers and datasets, as far as these have attributes."""
-    combined_loader = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+def _loader_parts(loop: Any) -> list[object]:
+    """List the loaders of a loop with their samplers and datasets, as far as these have attributes."""
+    combined_loader = loop._combined_loader
     assert combined_loader is not None
     parts: list[object] = []
     pending: list[object] = [combined_loader, *combined_loader.flattened]
@@ -199,6 +321,18 @@ def _module_parts(trainer: Trainer, pl_module: LightningModule) -> Iterator[obje
                 yield part
             inner = part.values() if isinstance(part, dict) else part
             pending += (thing for thing in inner if isinstance(thing, _OPENED))
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter of which the numbers and the gradient are put back as well."""
+
+    parameter: nn.Parameter
+
+
+def _weights(pl_module: LightningModule) -> Iterator[_Weight]:
+    """Yield the parameters of ``pl_module``, for steps that may write into them."""
+    yield from map(_Weight, pl_module.parameters())
 
 
 # How it is put back: the very same object gets its old content, so that whoever else holds it sees no difference -----
@@ -263,6 +397,20 @@ def _(part: Tensor) -> Callable[[], object]:
     return put_back
 
 
+@_undo.register
+def _(part: _Weight) -> Callable[[], object]:
+    parameter, data, gradient = part.parameter, part.parameter.data, part.parameter.grad
+    undo_numbers = _undo(data)
+
+    def put_back() -> None:
+        undo_numbers()
+        if parameter.data_ptr() != data.data_ptr():
+            parameter.data = data
+        parameter.grad = gradient
+
+    return put_back
+
+
 @_undo.register(torch.Generator)
 @_undo.register(numpy.random.RandomState)
 def _(part: Any) -> Callable[[], object]:
@@ -320,17 +468,54 @@ def _muted_logger(logger: Logger) -> Iterator[None]:
 
 @contextmanager
 def _muted_callback(callback: Callback) -> Iterator[None]:
-    """Keep ``callback`` from hearing of a validation, while user code still finds it in ``trainer.callbacks``."""
+    """Keep ``callback`` from hearing of what is done, while user code still finds it in ``trainer.callbacks``."""
     attributes = vars(callback)
-    before = {name: attributes[name] for name in _VALIDATION_HOOKS if name in attributes}
-    attributes.update(dict.fromkeys(_VALIDATION_HOOKS, _nothing))
+    before = {name: attributes[name] for name in _HOOKS if name in attributes}
+    attributes.update(dict.fromkeys(_HOOKS, _nothing))
     try:
         yield
     finally:
-        for name in _VALIDATION_HOOKS:
+        for name in _HOOKS:
             if name not in before:
                 del attributes[name]
         attributes.update(before)
+
+
+@contextmanager
+def _no_optimizer_steps() -> Iterator[None]:
+    """Take the gradients from every optimizer for the time of a step; one without gradients changes nothing.
+
+    So a step's closure still runs, and optimizers that the Trainer does not know of stand still as well.
+    """
+    # By optimizer, as some of them step another one within a step of their own.
+    taken: dict[Optimizer, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+
+    def take_gradients(optimizer: Optimizer) -> None:
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            if parameter.grad is not None:
+                taken[optimizer].append((parameter, parameter.grad))
+                parameter.grad = None
+
+    def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def without_gradients(closure: Any) -> Any:
+            def run() -> Any:
+                loss = closure()
+                take_gradients(optimizer)
+                return loss
+
+            return run if callable(closure) else closure
+
+        take_gradients(optimizer)
+        return tuple(map(without_gradients, args)), {key: without_gradients(value) for key, value in kwargs.items()}
+
+    def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for parameter, gradient in taken.pop(optimizer, ()):
+            parameter.grad = gradient
+
+    with ExitStack() as hooks:
+        hooks.callback(register_optimizer_step_pre_hook(before).remove)
+        hooks.callback(register_optimizer_step_post_hook(after).remove)
+        yield
 
 
 # What is measured for a module that logs nothing ---------------------------------------------------------------------

@@ -844,6 +844,16 @@ def test_an_exception_in_the_folded_validation_leaves_the_module_whole(
     assert folding.folded_module is None
 
 
+@pytest.mark.parametrize("kind", [TwoNetworks, Remembering, Stochastic, Hooked])
+def test_reestimated_statistics_leave_no_trace(kind: type[Tiny], tmp_path: Path, randomised: Randomised) -> None:
+    module, folding = randomised(kind()), Watched(reestimate_batches=2)
+    fit(tmp_path, module, folding, loader(shuffle=True), **(neighbours(tmp_path) if kind is Stochastic else {}))
+    assert folding.trace == []
+    names = {name for name, each in module.named_modules() if isinstance(each, _BatchNorm)}
+    assert set(folding.report["reestimated"]["batchnorms"]) == names
+    assert folding.report["mismatch"] is None
+
+
 def test_a_failure_to_write_leaves_the_module_whole(
     tmp_path: Path, randomised: Randomised, monkeypatch: pytest.MonkeyPatch
 ) -> None:

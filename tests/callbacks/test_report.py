@@ -30,8 +30,9 @@ def report(
 
 def test_it_has_the_keys_that_others_rely_on() -> None:
     made = report()
-    keys = {"folds", "kept", "validation", "output_error", "weights", "tolerance", "versions", "mismatch", "moved"}
-    assert made.keys() == keys
+    promised = {"folds", "kept", "validation", "output_error", "weights", "tolerance", "versions"}
+    assert made.keys() == promised | {"mismatch", "moved", "reestimated", "exports"}
+    assert (made["reestimated"], made["exports"]) == (None, {})
     assert made["folds"][1] == {
         "batchnorm": "net.norm2",
         "layers": ["net.left", "net.right"],

@@ -1,4 +1,4 @@
-"""The sandboxed validation run: the numbers of an ordinary validation, and no trace of it in the Trainer."""
+"""The sandboxed runs of validation and of training steps: ordinary numbers, and no trace of it in the Trainer."""
 
 import enum
 import hashlib
@@ -7,6 +7,7 @@ import random
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,13 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorD
 from torchmetrics import CatMetric, MeanMetric, MetricCollection, MetricTracker, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 
-from lit_bnfold.callbacks.validation import ValidationRun, run_validation
+from lit_bnfold.callbacks.validation import (
+    ValidationRun,
+    first_training_batch,
+    run_training_steps,
+    run_validation,
+)
+from lit_bnfold.folding import FoldingError
 
 pytestmark = [
     # Lightning makes a tree specification in a way that newer versions of torch deprecate.
@@ -135,6 +142,7 @@ class Situation:
     Attributes:
         module: Makes the module.
         val: Makes the validation loaders, None to leave them to the module or datamodule.
+        train: Makes the training loaders.
         batches: The batches expected of each run, per loader; None where there is nothing to validate on.
         comparable: Whether a fresh Trainer gives the same numbers.
         stays: Fields that may differ after the run, with all that is in them.
@@ -143,6 +151,7 @@ class Situation:
 
     module: Callable[[], Any] = Tiny
     val: Callable[[], Any] | None = loader
+    train: Callable[[], Any] = loader
     batches: tuple[int, ...] | None = (3,)
     comparable: bool = True
     stays: tuple[str, ...] = ()
@@ -172,7 +181,7 @@ def fit(situation: Situation, tmp_path: Path, probe: Probe) -> LightningModule:
     arguments["callbacks"] = [*arguments.get("callbacks", []), probe]
     loaders: dict[str, Any] = {"datamodule": situation.datamodule}
     if situation.datamodule is None:
-        loaders = {"train_dataloaders": loader(), "val_dataloaders": situation.val and situation.val()}
+        loaders = {"train_dataloaders": situation.train(), "val_dataloaders": situation.val and situation.val()}
     quiet_trainer(tmp_path, **arguments).fit(module, **loaders)
     return module
 
@@ -229,7 +238,9 @@ def value_of(thing: Any) -> tuple[object, dict[object, object]]:
     inner: dict[object, object] = {"__dict__": vars(thing)} if opened and hasattr(thing, "__dict__") else {}
     if isinstance(thing, Tensor):
         content = thing.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return (*identity, thing.dtype, thing.shape, thing.requires_grad, content), {}
+        return (*identity, thing.dtype, thing.shape, thing.requires_grad, content), {
+            "grad": thing.is_leaf and thing.grad
+        }
     if isinstance(thing, torch.Generator):
         return (*identity, thing.get_state().numpy().tobytes()), {}
     if isinstance(thing, numpy.random.RandomState):
@@ -867,3 +878,317 @@ def test_the_ranks_of_a_distributed_fit_agree_on_the_returned_loss(tmp_path: Pat
     arguments = {"strategy": "ddp_fork", "devices": 2, **NEVER_VALIDATED}
     trainer = quiet_trainer(tmp_path, callbacks=[AssertingProbe()], **arguments)
     trainer.fit(Silent(), loaders(), loaders())
+
+
+# Training steps that train nothing ------------------------------------------------------------------------------------
+
+
+class StepProbe(Probe):
+    """Runs training steps twice at the end of training, and keeps what the module got to see each time."""
+
+    def __init__(self, batches: int = 9) -> None:
+        super().__init__()
+        self.batches = batches
+        self.steps: list[int] = []
+        self.seen: list[list[float]] = []
+
+    def validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        flags = {module: module.training for module in pl_module.modules()}
+        for _ in range(2):
+            seen: list[float] = []
+            layers = [module for module in pl_module.modules() if isinstance(module, nn.Linear)]
+            hooks = [
+                layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].detach().sum().item()))
+                for layer in layers
+            ]
+            self.steps.append(run_training_steps(trainer, pl_module, self.batches, flags, nullcontext()))
+            for hook in hooks:
+                hook.remove()
+            self.seen.append(seen)
+
+
+class Hidden(torch.optim.Adam):
+    """An optimizer that steps another one in a step of its own, as those that look ahead do."""
+
+    def __init__(self, parameters: Any, inner: torch.optim.Optimizer) -> None:
+        super().__init__(parameters, lr=0.1)
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.inner.step()
+        return loss
+
+
+class Unruly(Tiny):
+    """Does in its training step whatever a training step can do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.target = Tiny().net.requires_grad_(False)
+        self.mean = MeanMetric()
+        self.register_buffer("queue", torch.zeros(3))
+        self.count = 0
+        self.outputs: list[float] = []
+        inner = torch.optim.SGD(self.net.parameters(), lr=0.1, momentum=0.9)
+        self.hidden = [Hidden(self.net.parameters(), inner)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        first.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        assert all(parameter.grad.abs().sum() > 0 for parameter in self.net.parameters() if parameter.dim() == 2)
+        first.step()
+        # Whoever logs the norm of its gradients wants them after the step as well.
+        self.log("norm", sum(parameter.grad.norm() for parameter in self.net.parameters()))
+
+        def closure() -> Tensor:
+            second.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            return loss
+
+        second.step(closure)
+        self.net.zero_grad()
+        self.loss(batch).backward()
+        self.hidden[0].step()
+        self.hidden[0].zero_grad()
+        with torch.no_grad():
+            for own, other in zip(self.net.parameters(), self.target.parameters(), strict=True):
+                other.lerp_(own, 0.5)
+            self.target[0].weight.data = self.target[0].weight.data + 1.0
+            self.queue.copy_(self.queue.roll(1) + batch[0].sum())
+        self.mean.update(loss)
+        self.log("mean", self.mean)
+        self.log_dict({"loss": loss, "other": loss}, prog_bar=True)
+        for logger in self.loggers:
+            logger.log_metrics({"direct": 1.0}, step=0)
+        self.lr_schedulers().step()
+        self.count += 1
+        self.outputs.append(loss.item())
+        self.trainer.should_stop = self.count > 100
+        self.net[1].momentum = 0.5
+        self.net.eval()
+        self.loss(batch)
+        self.net.train()
+
+    def configure_optimizers(self) -> Any:
+        first = torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.5)
+        second = torch.optim.LBFGS(self.net.parameters(), lr=0.01)
+        return [first, second], [torch.optim.lr_scheduler.StepLR(first, step_size=1)]
+
+
+class WithoutNumber(Tiny):
+    def training_step(self, batch: Any) -> Tensor:
+        return self.loss(batch)
+
+
+class TwoSources(Tiny):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch["a"]) + self.loss(batch["b"])
+
+
+STEPS: dict[str, Callable[[Path], Situation]] = {
+    "plain": lambda _: Situation(),
+    "manual": lambda _: Situation(Manual, trainer={"num_sanity_val_steps": 0}),
+    "unruly": lambda path: Situation(
+        Unruly, trainer={**watchers(path), **writers(path, TensorBoardLogger, CountingLogger)}
+    ),
+    "metrics": lambda _: Situation(WithMetrics, trainer={"num_sanity_val_steps": 0}),
+    "compiled": lambda _: Situation(Compiled),
+    "without_a_number": lambda _: Situation(WithoutNumber),
+    "shuffled": lambda _: Situation(train=lambda: loader(shuffle=True)),
+    "shuffled_by_a_generator": lambda _: Situation(train=lambda: loader(shuffle=True, generator=torch.Generator())),
+    "shuffled_by_epoch": lambda _: Situation(train=lambda: loader(sampler=EpochSampler(examples()))),
+    "persistent_worker": lambda _: Situation(train=lambda: loader(num_workers=1, persistent_workers=True)),
+    "any_iterable": lambda _: Situation(train=lambda: Rotation(list(loader())), batches=(2,)),
+    "noisy_dataset": lambda _: Situation(train=lambda: DataLoader(NoisyExamples(), batch_size=4)),
+    "two_sources": lambda _: Situation(TwoSources, train=lambda: {"a": loader(), "b": loader()}),
+    "datamodule": lambda _: Situation(datamodule=Data()),
+    "never_validated": lambda _: Situation(trainer=NEVER_VALIDATED),
+    "no_validation_loader": lambda _: Situation(val=lambda: None),
+    "limit_2": lambda _: Situation(batches=(2,), trainer={"limit_train_batches": 2}),
+    "in_the_middle_of_an_epoch": lambda _: Situation(trainer={"max_steps": 2, "max_epochs": -1}),
+    "swa": lambda _: Situation(
+        trainer={"callbacks": [StochasticWeightAveraging(0.1, swa_epoch_start=1)], "max_epochs": 2}
+    ),
+    "averaging": lambda _: Situation(trainer={"callbacks": [WeightAveraging()], "max_epochs": 2}),
+    "profiler": lambda _: Situation(trainer={"profiler": SimpleProfiler()}),
+    "bf16_mixed": lambda _: Situation(trainer={"precision": "bf16-mixed"}),
+    "float64": lambda _: Situation(trainer={"precision": "64-true"}),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_training_steps_train_nothing_and_leave_no_trace(name: str, tmp_path: Path) -> None:
+    situation = STEPS[name](tmp_path)
+    probe = StepProbe()
+    fit(situation, tmp_path, probe)
+    assert probe.trace() == {}
+    assert probe.steps == list(situation.batches) * 2
+    assert probe.seen[0] == probe.seen[1] != []
+
+
+class Watching(StepProbe):
+    """Tells the module that it is watched."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.is_watched = True
+        super().on_train_end(trainer, pl_module)
+
+
+def test_training_steps_run_under_the_other_import_name_of_lightning(tmp_path: Path) -> None:
+    class StandaloneProbe(StepProbe, pytorch_lightning.Callback):
+        pass
+
+    probe = StandaloneProbe()
+    trainer = quiet_trainer(tmp_path, pytorch_lightning.Trainer, callbacks=[probe])
+    trainer.fit(StandaloneTiny(), loader(), loader())
+    assert probe.steps == [3, 3]
+    assert probe.trace() == {}
+
+
+def test_each_training_step_begins_with_the_module_as_it_is(tmp_path: Path) -> None:
+    class Drifting(Tiny):
+        is_watched = automatic_optimization = False
+        count = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            if self.is_watched:
+                seen.append((self.net[0].weight.sum().item(), self.count, self.net[1].running_mean.sum().item()))
+                assert all(parameter.grad is None for parameter in self.parameters())
+            with torch.no_grad():
+                self.net[0].weight.mul_(2.0)
+            self.count += 1
+            self.manual_backward(self.loss(batch))
+
+    seen: list[Any] = []
+    # A validation would let go of the gradients of the last step.
+    fit(Situation(Drifting, val=lambda: None), tmp_path, Watching())
+    assert len(seen) == 6
+    assert len(set(seen)) == 1
+
+
+def test_training_steps_get_the_batches_as_the_fit_gives_them(tmp_path: Path) -> None:
+    class Transferring(Tiny):
+        is_watched = False
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return {key: (inputs + 1.0, targets) for key, (inputs, targets) in batch.items()}
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return {key: (inputs * 2.0, targets) for key, (inputs, targets) in batch.items()}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            assert self.trainer.training
+            seen[self.is_watched].append([batch_idx, *(batch[key][0].sum().item() for key in batch)])
+            return self.loss(batch["a"])
+
+    seen: dict[bool, list[Any]] = {False: [], True: []}
+    # Two batches of one loader, and the first of the other one twice.
+    situation = Situation(
+        Transferring,
+        val=lambda: None,
+        train=lambda: {"a": DataLoader(examples(20), batch_size=4), "b": loader()},
+        batches=(2,),
+        trainer={"limit_train_batches": 0.4},
+    )
+    probe = Watching()
+    fit(situation, tmp_path, probe)
+    assert seen[True] == seen[False] * 2
+    assert len(seen[False]) == 2
+
+
+def test_an_optimizer_that_has_never_stepped_gets_no_state(tmp_path: Path) -> None:
+    class Late(Tiny):
+        is_watched = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.is_watched:
+                self.optimizers(use_pl_optimizer=False).step(lambda: self.loss(batch))
+            return self.loss(batch)
+
+        def optimizer_step(self, *args: Any) -> None:
+            args[3]()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters())
+
+    probe = Watching()
+    fit(Situation(Late), tmp_path, probe)
+    assert probe.trace() == {}
+
+
+def test_nobody_hears_of_training_steps(tmp_path: Path) -> None:
+    heard: list[str] = []
+    hooks = [name for name in dir(Callback) if name.startswith("on_")]
+
+    class Clearing(StepProbe):
+        def validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            assert {"on_before_backward", "on_before_optimizer_step", "on_after_backward"} <= set(heard)
+            heard.clear()
+            super().validate(trainer, pl_module)
+            assert heard == []
+
+    listening = LambdaCallback(**{hook: lambda *_, name=hook, **__: heard.append(name) for hook in hooks})
+    arguments = {"callbacks": [listening], "num_sanity_val_steps": 0, "limit_val_batches": 0}
+    fit(Situation(Unruly, trainer=arguments), tmp_path, Clearing())
+
+
+def test_no_more_batches_are_drawn_than_are_asked_for(tmp_path: Path) -> None:
+    class CountingExamples(NoisyExamples):
+        drawn = 0
+
+        def __getitem__(self, index: int) -> Any:
+            CountingExamples.drawn += 1
+            return super().__getitem__(index)
+
+    fit(Situation(train=lambda: DataLoader(CountingExamples(), batch_size=4)), tmp_path, StepProbe(batches=2))
+    # An epoch of the fit, and two batches of each of the two runs.
+    assert CountingExamples.drawn == 10 + 2 * 8
+
+
+def test_a_training_step_that_raises_leaves_no_trace(tmp_path: Path) -> None:
+    class Troubled(Unruly):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+            if self.trainer.sanity_checking or getattr(self, "is_troubled", False):
+                raise RuntimeError("trouble")
+
+    class Catching(Probe):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            pl_module.is_troubled = True
+            super().on_train_end(trainer, pl_module)
+
+        def validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            flags = {module: module.training for module in pl_module.modules()}
+            with pytest.raises(RuntimeError, match="trouble"):
+                run_training_steps(trainer, pl_module, 2, flags, nullcontext())
+
+    probe = Catching()
+    fit(Situation(Troubled, trainer=writers(tmp_path, TensorBoardLogger, CountingLogger)), tmp_path, probe)
+    assert probe.trace() == {}
+
+
+def test_a_training_step_that_draws_its_batches_itself_is_refused() -> None:
+    class Drawing(Tiny):
+        def training_step(self, dataloader_iter: Any) -> Tensor:
+            return self.loss(next(dataloader_iter)[0])
+
+    with pytest.raises(FoldingError, match="`training_step` takes a `dataloader_iter`"):
+        run_training_steps(Trainer(logger=False, accelerator="cpu"), Drawing(), 1, {}, nullcontext())
+
+
+def test_the_first_training_batch_leaves_no_trace(tmp_path: Path) -> None:
+    class Asking(Probe):
+        def validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.runs = [first_training_batch(trainer, pl_module)[0] for _ in range(2)]
+
+    probe = Asking()
+    arguments = {"precision": "64-true"}
+    fit(Situation(train=lambda: loader(shuffle=True, generator=torch.Generator()), trainer=arguments), tmp_path, probe)
+    assert probe.trace() == {}
+    assert torch.equal(*probe.runs)
+    assert probe.runs[0].dtype == torch.float64
