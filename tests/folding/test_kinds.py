@@ -108,6 +108,13 @@ def test_normalisation_of_a_project_over_another_axis_is_kept() -> None:
     assert [kept.code for kept in plan_folding(model, (x,), kinds=Kinds(batchnorms=(wrong,))).kept] == ["own-forward"]
 
 
+def test_normalisation_of_a_project_over_the_examples_is_kept() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Standardise(4)).double().eval()
+    wrong = BatchNormKind(Standardise, "mean", "variance", "gamma", eps="epsilon", channel_axis=-2)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    assert [kept.code for kept in plan_folding(model, (x,), kinds=Kinds(batchnorms=(wrong,))).kept] == ["own-forward"]
+
+
 def test_kind_of_layer_that_takes_no_bias_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a 'bias' among those"):
         LayerKind(Projection, F.linear, channel_axis=-1, arguments=("input", "weight"))

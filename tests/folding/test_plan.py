@@ -208,7 +208,7 @@ def test_every_batchnorm_of_a_deep_model_is_folded(judge: Judge) -> None:
 
 
 def test_batchnorm_behind_batchnorm_is_folded_too(judge: Judge) -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Tanh())
     plan = judge(model, X, folds={"1": ["0"], "2": ["0"], "3": ["0"]})
     assert [fold.batchnorm for fold in plan.folds] == ["1", "2", "3"]
 

@@ -29,6 +29,19 @@ def test_work_of_another_thread_on_a_tensor_between_keeps_the_batchnorm(judge: A
     judge(net(forward), X, kept={"bn": "unexplained"})
 
 
+def test_layer_that_gets_another_input_is_enough_to_keep_the_batchnorm(judge: Any, net: Any) -> None:
+    # Nothing of it can be seen in the outputs, which are whole numbers.
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h, found = m.fc(x), []
+        thread = threading.Thread(target=lambda: found.append(h.detach().relu() * 2))
+        thread.start()
+        thread.join()
+        return m.head(m.bn(h) + found[0]).argmax(1) * 0
+
+    model = net(forward, fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(4), head=nn.Linear(4, 20)).double().eval()
+    assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["unexplained"]
+
+
 def test_memory_read_behind_torchs_back_keeps_the_batchnorm(judge: Any, net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.fc(x)
