@@ -182,7 +182,7 @@ class LayerWitness(Witness):
 
     def watch(self) -> None:
         """Begin to watch whatever the module does next in this thread."""
-        self._recorder = self._recorder or Recorder(self.pl_module, lends_bias=False, instead=self._compared)
+        self._recorder = self._recorder or Recorder(self.pl_module, plans=False, instead=self._compared)
         super().watch()
         self._watching.enter_context(self._recorder)
 

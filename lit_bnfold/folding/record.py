@@ -37,6 +37,7 @@ from lit_bnfold.folding.kinds import (
     BatchNormKind,
     Kinds,
     LayerKind,
+    Normalisation,
     own_tensors,
 )
 
@@ -80,7 +81,10 @@ class Recorder:
     Args:
         model: The model of interest. The caller runs it, in whatever way is the real one.
         kinds: What counts as a layer and as a BatchNorm.
-        lends_bias: Whether a layer without a bias, but with a forward of its own, gets one of zeros for the time being.
+        plans: Whether a plan is to be made of what is recorded. For that, a layer without a bias, but with a forward of
+            its own, gets one of zeros for the time being, and what outlives the run is found out.
+        evens: Whether a BatchNorm that normalises by operations of its own is made to give, to the bit, what torch's
+            own makes of it.
         instead: What is to run instead of the function of a layer, made of its name and of that function.
 
     Raises:
@@ -104,11 +108,13 @@ class Recorder:
         model: nn.Module,
         kinds: Kinds = KINDS,
         *,
-        lends_bias: bool = True,
+        plans: bool = True,
+        evens: bool = False,
         instead: Callable[[str, Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
     ) -> None:
         self.graph = ValueGraph()
-        self._lends_bias = lends_bias
+        self._plans = plans
+        self._evens = evens
         self._instead = instead
         self._census = Census(model, kinds)
         self._ledger = _Ledger(self.graph)
@@ -149,7 +155,7 @@ class Recorder:
             for module in self._census.names:
                 if not isinstance(module, torch.jit.ScriptModule):
                     self._watch(module, stack)
-                    if self._lends_bias:
+                    if self._plans:
                         self._lend_bias(module, stack)
             stack.enter_context(_FunctionWitness(self))
             stack.enter_context(_OperationWitness(self))
@@ -160,7 +166,8 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._exit.close()
-        self._ledger.settle()
+        if self._plans:
+            self._ledger.settle()
 
     @contextmanager
     def _look_away(self) -> Iterator[None]:
@@ -243,12 +250,12 @@ class Recorder:
         if module in self._whole and not self.looking_away:
             self.looking_away, self._seen_whole = True, module
 
-    def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if threading.get_ident() != self._thread or module not in self._census.names:
-            return
+            return None
         if module is self._seen_whole:
             self.looking_away, self._seen_whole = False, None
-            self._add_whole_batchnorm(module, self._whole[module], args, output)
+            output = self._add_whole_batchnorm(module, self._whole[module], args, output)
         if module in self._computers and isinstance(output, Tensor):
             with self._look_away():
                 self._computed[self._computers[module]] = self._ledger.value(output).index
@@ -257,6 +264,7 @@ class Recorder:
             with self._look_away():
                 for tensor in tensors_in(output):
                     self._ledger.value(tensor).fate = "is returned by the model"
+        return output if self._evens else None
 
     def _is_seen(self) -> bool:
         """Whether the witnesses see what happens now; inside a custom operation, for one, they do not."""
@@ -365,8 +373,8 @@ class Recorder:
             return _add_obstacle(facts, "own-forward", "it normalises with another eps from call to call")
         return facts if eps == self._eps_before[module] else replace(facts, eps=eps)
 
-    def _add_whole_batchnorm(self, module: nn.Module, kind: BatchNormKind, args: tuple[Any, ...], output: Any) -> None:
-        """Enter what a BatchNorm did by itself as one call, if it is what torch's own does."""
+    def _add_whole_batchnorm(self, module: nn.Module, kind: BatchNormKind, args: tuple[Any, ...], output: Any) -> Any:
+        """Enter what a BatchNorm did by itself as one call, if it is what torch's own does; its output."""
         name = self._census.names[module]
         facts = self.graph.batchnorms[name]
         if facts.obstacle is None:
@@ -377,7 +385,12 @@ class Recorder:
             else:
                 facts = self._with_eps(module, facts, eps)
             self.graph.batchnorms[name] = facts
+        if self._evens and self.graph.batchnorms[name].obstacle is None:
+            with self._look_away():
+                usual = _normalised(kind, args[0], kind.numbers(module, self.graph.batchnorms[name].eps))
+                output = torch.empty_like(output).copy_(usual)
         self._add_call("batchnorm", "batch_norm", (*args, *own_tensors(module).values()), output=output, owner=name)
+        return output
 
     def _run_layer(self, module: nn.Module, kind: LayerKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         name = self._census.names[module]
@@ -727,14 +740,18 @@ def _eps_of(kind: BatchNormKind, module: nn.Module, args: tuple[Any, ...]) -> fl
         kind.numbers(exact).var.fill_(1e-6)
         output = exact(input)
     for eps in (kind.numbers(exact).eps,) if hasattr(module, kind.eps) else _USUAL_EPS:
-        mean, var, weight, bias, _ = kind.numbers(exact)
-        rows = input.movedim(axis, 1)  # (N, ..., C, ...) -> (N, C, ...)
-        expected = F.batch_norm(rows, mean, var, weight, bias, training=False, eps=eps).movedim(1, axis)
+        expected = _normalised(kind, input, kind.numbers(exact, eps))
         if isinstance(output, Tensor) and output.shape == expected.shape and output.dtype == expected.dtype:
             near = 1e-9 * expected.abs().amax().nan_to_num(0.0)
             if torch.allclose(output, expected, rtol=0.0, atol=float(near)):
                 return eps
     return None
+
+
+def _normalised(kind: BatchNormKind, input: Tensor, numbers: Normalisation) -> Tensor:
+    mean, var, weight, bias, eps = numbers
+    rows = input.movedim(kind.channel_axis, 1)  # (N, ..., C, ...) -> (N, C, ...)
+    return F.batch_norm(rows, mean, var, weight, bias, training=False, eps=eps).movedim(1, kind.channel_axis)
 
 
 @cache

@@ -20,14 +20,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lit_bnfold.folding.algebra import scale_and_shift
+from lit_bnfold.folding.census import is_plain
 from lit_bnfold.folding.computed import bake, computed_tensors, is_steady
-from lit_bnfold.folding.copying import twin_of
+from lit_bnfold.folding.copying import copy_model, twin_of
 from lit_bnfold.folding.graph import FoldingError, Obstacle, ValueGraph
 from lit_bnfold.folding.kinds import Kinds
 from lit_bnfold.folding.moved import Function, moves
-from lit_bnfold.folding.plan import FoldingPlan
+from lit_bnfold.folding.plan import Fold, FoldingPlan
 from lit_bnfold.folding.record import Recorder, tensors_in
 from lit_bnfold.folding.rewrite import erase
+
+# A copy of so many numbers in float64 takes 1 GiB.
+_MOST_NUMBERS = 2**27
 
 
 class Run(NamedTuple):
@@ -116,7 +121,7 @@ def run_as_it_is(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     twin = twin_of(model)
     batchnorms = {name for name, module in twin.named_modules() if kinds.batchnorm(module) is not None}
     tape = Tape(batchnorms)
-    recorder = Recorder(twin, kinds, instead=tape.record)
+    recorder = Recorder(twin, kinds, evens=True, instead=tape.record)
     # As much as the layer with the most numbers needs in float64, which is what folding in place may need as well.
     tape.room = 8 * max((parameter.numel() for parameter in model.parameters()), default=0)
     return Run(recorder.graph, _run(twin, recorder, args, kwargs), tape)
@@ -140,6 +145,9 @@ def obstacle_to(
     """
     twin = twin_of(model)
     modules = dict(twin.named_modules())
+    for fold in plan.folds:
+        if _overflows(fold, modules, kinds):
+            return "not-finite", f"folding `{fold.batchnorm}` leads to larger numbers than float16 holds"
     moved = moves(plan, modules, kinds)
     baked = [name for name in moved if computed_tensors(modules[name])]
     for name in baked:
@@ -155,7 +163,7 @@ def obstacle_to(
         return moved[name](played) if name in moved else played
 
     # This time no layer is lent a bias, so that a forward which asks whether there is one is found out as well.
-    recorder = Recorder(twin, kinds, lends_bias=False, instead=instead)
+    recorder = Recorder(twin, kinds, plans=False, evens=True, instead=instead)
     erased = {fold.batchnorm: fold.direction != "parallel" for fold in plan.folds}
     try:
         output = _run(twin, recorder, args, kwargs)
@@ -169,6 +177,21 @@ def obstacle_to(
         reason = "the model computes something else when it is folded, for a reason that its run does not show"
         return "unexplained", reason
     return None
+
+
+def _overflows(fold: Fold, modules: Mapping[str, Any], kinds: Kinds) -> bool:
+    """Whether a fold could make numbers in float16 that are larger than that holds; no other dtype is so narrow."""
+    layers = [modules[part.layer] for part in fold.parts]
+    parameters = [own for layer in layers for own in layer.parameters() if own.dtype is torch.float16 and own.numel()]
+    kind = kinds.batchnorm(modules[fold.batchnorm])
+    if not parameters or kind is None:
+        return False
+    numbers = kind.numbers(modules[fold.batchnorm], fold.eps).each(Tensor.detach)
+    scale, shift = (float(each.abs().max()) for each in scale_and_shift(*numbers))
+    largest = max(float(own.detach().abs().max()) for own in parameters)
+    # Forward, the shift is summed up over the inputs of each output.
+    inputs = max(own[0].numel() for own in parameters) if fold.direction == "forward" else 1
+    return max(scale * largest, shift, shift * largest * inputs) > torch.finfo(torch.float16).max
 
 
 def _run(twin: nn.Module, recorder: Recorder, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -219,13 +242,40 @@ def _agree(expected: Any, found: Any) -> bool:
 def _is_near(expected: Tensor, found: Tensor) -> bool:
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return False
+    if expected.is_meta or expected.is_quantized or not (is_plain(expected) and is_plain(found)):
+        return True  # Nothing that could be compared.
+    if expected.layout is not torch.strided:
+        expected, found = expected.to_dense(), found.to_dense()
+    if expected.is_complex():
+        expected, found = torch.view_as_real(expected), torch.view_as_real(found)
     if not expected.is_floating_point() or not expected.numel() or torch.equal(expected, found):
         return True
     # On average, since rounding may flip a decision here or there; a fold that is wrong moves more than that.
-    error, scale = (found - expected).double().square(), expected.double().square()
-    finite = error.isfinite() & scale.isfinite()
-    error, scale = error[finite].mean(), scale[finite].mean()
-    return not bool(error.sqrt() > torch.finfo(expected.dtype).eps ** 0.5 * scale.sqrt())
+    finite = expected.isfinite()
+    exact, error = expected[finite].double(), (found - expected)[finite].double()
+    largest = exact.abs().max().clamp(min=torch.finfo(torch.float64).tiny) if exact.numel() else 1.0
+    error, scale = ((each / largest).square().mean().sqrt() for each in (error, exact))
+    return not exact.numel() or bool(error <= torch.finfo(expected.dtype).eps ** 0.5 * scale)
+
+
+def in_float64(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[nn.Module, Any, Any] | None:
+    """A copy of a model and its example in float64, in which rounding explains nothing; None if that is too large.
+
+    Args:
+        model: The model.
+        args: Positional arguments of a call.
+        kwargs: Keyword arguments of that call.
+    """
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    is_exact = all(tensor.dtype is torch.float64 for tensor in tensors)
+    if is_exact or sum(tensor.numel() for tensor in tensors) > _MOST_NUMBERS:
+        return None
+    memo: dict[int, Any] = {
+        id(tensor): tensor.detach().double()
+        for tensor in tensors_in((args, kwargs))
+        if tensor.is_floating_point() and tensor.dtype is not torch.float64
+    }
+    return (copy_model(model).double(), *copy.deepcopy((args, kwargs), memo))
 
 
 @contextmanager

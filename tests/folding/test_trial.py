@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_bnfold.folding import BatchNormKind, Kinds, fold_batchnorm, plan_folding
-from lit_bnfold.folding.kinds import Normalisation
+from lit_bnfold.folding.kinds import KINDS, Normalisation
 from lit_bnfold.folding.moved import with_batchnorm
 from lit_bnfold.folding.plan import Part
+from lit_bnfold.folding.search import make_plan
+from lit_bnfold.folding.trial import _is_near, obstacle_to, run_as_it_is
 
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -186,3 +189,95 @@ def test_buffer_that_counts_inside_a_normalisation_of_a_project_is_put_back() ->
     model = nn.Sequential(nn.Linear(3, 4), Counting()).double().eval()
     assert plan_folding(model, (X,), kinds=kinds).folds
     assert model[1].calls == 0
+
+
+# What real networks made of it.
+
+
+def test_cache_that_outlives_the_model_does_not_keep_the_batchnorm(net: Any) -> None:
+    @functools.lru_cache
+    def positions(n: int) -> Tensor:
+        return torch.arange(n).cos().double()
+
+    model = net(lambda m, x: m.bn(m.fc(x)) + positions(4)).double().eval()
+    assert plan_folding(model, (X,)).folds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decision_that_rounding_tips_does_not_keep_the_batchnorm(dtype: torch.dtype, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.bn(m.fc(x).view(len(x), 4, 2).mean(2))
+        # All scores are nearly the same, and the largest one decides about everything.
+        best = (h * 1e-5 + 7).sum(1).argmax()
+        return x.roll(int(best.shape == ()) * 0, 0).index_select(0, best.view(1)) * 3
+
+    model = net(forward, fc=nn.Linear(3, 8), bn=nn.BatchNorm1d(4)).to(dtype).eval()
+    with torch.no_grad():
+        model.bn.running_mean.fill_(1e2)
+        model.fc.bias.fill_(1e2)
+    assert plan_folding(model, (torch.randn(64, 3, dtype=dtype),)).folds
+
+
+@pytest.mark.parametrize("change", [Tensor.to_sparse, lambda h: h.to("meta"), lambda h: h.to(torch.complex128)])
+def test_outputs_of_any_kind_are_waited_for(change: Any, net: Any) -> None:
+    model = net(
+        lambda m, x: change(m.head(m.bn(m.fc(x)).relu())),
+        fc=nn.Linear(3, 4),
+        bn=nn.BatchNorm1d(4),
+        head=nn.Linear(4, 2),
+    )
+    assert plan_folding(model.double().eval(), (X,)).folds
+
+
+def test_layer_that_reads_a_sparse_tensor_is_folded() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).eval()
+    assert plan_folding(model, (torch.eye(6).to_sparse(),)).folds
+
+
+def test_numbers_that_are_none_are_not_near_others() -> None:
+    expected = torch.tensor([1.0, 2.0, float("inf")])
+    assert _is_near(expected, torch.tensor([1.0, 2.0, 5.0]))
+    assert not _is_near(expected, torch.tensor([1.0, float("nan"), float("inf")]))
+    assert not _is_near(expected, torch.full((3,), float("inf")))
+    assert _is_near(torch.full((2,), float("nan")), torch.zeros(2))
+    assert not _is_near(torch.tensor([1.0 + 1.0j]), torch.tensor([1.0 - 1.0j]))
+    large = torch.tensor([1e300, 1.0], dtype=torch.float64)
+    assert _is_near(large, large + 1.0)
+    assert not _is_near(large, large / 10)
+    assert not _is_near(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]).double())
+
+
+@pytest.mark.parametrize("direction", ["backward", "forward"])
+def test_fold_that_would_overflow_float16_is_kept(direction: str) -> None:
+    norm = nn.BatchNorm1d(3, eps=1e-12)
+    layer = nn.Linear(3, 3).half()
+    layers = [layer, norm] if direction == "backward" else [nn.ReLU(), norm, layer]
+    model = nn.Sequential(*layers).eval()
+    assert plan_folding(model, (X.half(),)).folds
+    norm.running_var.fill_(1e-12)
+    layer.weight.data.mul_(1e-3)
+    norm.running_mean.fill_(0.5)
+    assert [kept.code for kept in plan_folding(model, (X.half(),)).kept] == ["not-finite"]
+
+
+def test_frozen_batchnorms_give_the_same_bits_in_both_runs(net: Any) -> None:
+    class FrozenBatchNorm(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(name, torch.rand(size) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (self.weight / (self.running_var + 1e-5).sqrt()) + (
+                self.bias - self.running_mean * self.weight / (self.running_var + 1e-5).sqrt()
+            )
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.bn(m.fc(x))
+        # The order of what is all but equal decides about what is returned.
+        return x[(h.sum(1) * 1e3).sin().argsort()]
+
+    model = net(forward, fc=nn.Linear(3, 4), bn=FrozenBatchNorm(4)).eval()
+    run = run_as_it_is(model, (X.float(),), {}, KINDS)
+    assert obstacle_to(make_plan(run.graph), run, model, (X.float(),), {}, KINDS) is None
+    assert plan_folding(model, (torch.randn(300, 3),)).folds
