@@ -57,7 +57,8 @@ def plan_folding(
 
     The model is copied, except for its parameters and buffers, and the copy is run in eval mode without gradients:
     once as it is and, if anything can be folded, once with each of those BatchNorms moved to where it would be folded.
-    If the second run does or gives something else, nothing can be folded.
+    If the second run does or gives something else, twice in a row and, if it is not too large, in float64 as well, then
+    nothing can be folded.
 
     Args:
         model: The model.

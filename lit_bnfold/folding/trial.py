@@ -182,16 +182,16 @@ def obstacle_to(
 def _overflows(fold: Fold, modules: Mapping[str, Any], kinds: Kinds) -> bool:
     """Whether a fold could make numbers in float16 that are larger than that holds; no other dtype is so narrow."""
     layers = [modules[part.layer] for part in fold.parts]
-    parameters = [own for layer in layers for own in layer.parameters() if own.dtype is torch.float16 and own.numel()]
+    parameters = [own for layer in layers for own in layer.parameters() if own.dtype is torch.float16 and own.dim()]
     kind = kinds.batchnorm(modules[fold.batchnorm])
     if not parameters or kind is None:
         return False
     numbers = kind.numbers(modules[fold.batchnorm], fold.eps).each(Tensor.detach)
     scale, shift = (float(each.abs().max()) for each in scale_and_shift(*numbers))
     largest = max(float(own.detach().abs().max()) for own in parameters)
-    # Forward, the shift is summed up over the inputs of each output.
-    inputs = max(own[0].numel() for own in parameters) if fold.direction == "forward" else 1
-    return max(scale * largest, shift, shift * largest * inputs) > torch.finfo(torch.float16).max
+    if fold.direction == "forward":  # The shift is summed up over the inputs of each output.
+        shift *= largest * max(own[0].numel() for own in parameters)
+    return scale * largest + shift > torch.finfo(torch.float16).max
 
 
 def _run(twin: nn.Module, recorder: Recorder, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
