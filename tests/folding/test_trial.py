@@ -21,13 +21,20 @@ from lit_bnfold.folding.trial import _is_near, obstacle_to, run_as_it_is
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+def doubled_elsewhere(h: Tensor) -> Tensor:
+    """What another thread makes of a tensor, which no run shows."""
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(h.detach().relu() * 2))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
 def test_work_of_another_thread_on_a_tensor_between_keeps_the_batchnorm(judge: Any, net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
-        h, found = m.fc(x), []
-        thread = threading.Thread(target=lambda: found.append(h.detach().relu() * 2))
-        thread.start()
-        thread.join()
-        return m.bn(h) + found[0]
+        h = m.fc(x)
+        seen = doubled_elsewhere(h)
+        return m.bn(h) + seen
 
     judge(net(forward), X, kept={"bn": "unexplained"})
 
@@ -35,11 +42,9 @@ def test_work_of_another_thread_on_a_tensor_between_keeps_the_batchnorm(judge: A
 def test_layer_that_gets_another_input_is_enough_to_keep_the_batchnorm(judge: Any, net: Any) -> None:
     # Nothing of it can be seen in the outputs, which are whole numbers.
     def forward(m: Any, x: Tensor) -> Tensor:
-        h, found = m.fc(x), []
-        thread = threading.Thread(target=lambda: found.append(h.detach().relu() * 2))
-        thread.start()
-        thread.join()
-        return m.head(m.bn(h) + found[0]).argmax(1) * 0
+        h = m.fc(x)
+        seen = doubled_elsewhere(h)
+        return m.head(m.bn(h) + seen).argmax(1) * 0
 
     model = net(forward, fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(4), head=nn.Linear(4, 20)).double().eval()
     assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["unexplained"]
@@ -79,11 +84,9 @@ def test_inputs_that_share_memory_do_so_in_the_run(judge: Any, net: Any) -> None
 
 def test_outputs_that_overflow_do_not_hide_the_others(judge: Any, net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
-        h, found = m.fc(x), []
-        thread = threading.Thread(target=lambda: found.append(h.detach().relu() * 2))
-        thread.start()
-        thread.join()
-        return torch.cat([m.bn(h) + found[0], x / 0], 1)
+        h = m.fc(x)
+        seen = doubled_elsewhere(h)
+        return torch.cat([m.bn(h) + seen, x / 0], 1)
 
     model = net(forward).double().eval()
     assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["unexplained"]
