@@ -277,7 +277,8 @@ class ValueGraph:
             is_layer = call.kind == "layer"
             read = call.inputs[:1] if is_layer else call.inputs
             given = [call.args[3:], call.kwargs | {"bias": None}] if is_layer else [call.args, call.kwargs]
-            inputs = [numbers[passed_on.get(index, index)] for index in read]
+            # Each once: what an erased BatchNorm gives may be read beside what it was given.
+            inputs = list(dict.fromkeys(numbers[passed_on.get(index, index)] for index in read))
             outputs = [(numbers[index], self.values[index].shape) for index in call.outputs]
             outline.append((call.kind, call.name, module, inputs, outputs, _scalars(given)))
         return outline

@@ -284,3 +284,11 @@ def test_frozen_batchnorms_give_the_same_bits_in_both_runs(net: Any) -> None:
     run = run_as_it_is(model, (X.float(),), {}, KINDS)
     assert obstacle_to(make_plan(run.graph), run, model, (X.float(),), {}, KINDS) is None
     assert plan_folding(model, (torch.randn(300, 3),)).folds
+
+
+def test_input_that_is_read_beside_what_an_erased_batchnorm_makes_of_it_is_one_input(judge: Any, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = x.relu()
+        return m.fc(torch.cat([m.bn(h), h], 1))
+
+    judge(net(forward, bn=nn.BatchNorm1d(3), fc=nn.Linear(6, 4)), X, folds={"bn": ["fc"]})
