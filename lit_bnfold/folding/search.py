@@ -46,7 +46,11 @@ def make_plan(graph: ValueGraph) -> FoldingPlan:
             # What stays now is a layer itself, to its neighbours.
             _fold_into_each_other(graph, folded, stays, takers)
         has_moved = len(folded) > before
-        pending = [name for name in stays if has_moved and _may_move(name, folded, stays)]
+        pending = [name for name in stays if has_moved and name not in takers and _may_move(name, folded, stays)]
+    for name in takers:
+        # What was said of it may speak of a neighbour that it has taken since; and what has taken one stays.
+        _, obstacles = _search(graph, name, folded, frozenset())
+        stays[name] = obstacles or [("behind-batchnorm", "it has taken another BatchNorm, and stays for that")]
     kept = (Kept(name, *_reason(stays[name])) for name in graph.batchnorms if name not in folded)
     return FoldingPlan(tuple(folded.values()), tuple(kept))
 
@@ -94,7 +98,8 @@ def _search(
 
 def _reason(obstacles: list[Obstacle]) -> tuple[str, str]:
     """The sentence and the code for a BatchNorm that stays."""
-    (code, backward), (_, forward), *_ = obstacles
+    code, backward = obstacles[0]
+    forward = obstacles[min(1, len(obstacles) - 1)][1]
     return backward if forward == backward else f"{backward}; and {forward}", code
 
 

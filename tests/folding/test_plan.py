@@ -523,6 +523,12 @@ def test_three_batchnorms_in_a_row_become_one(judge: Judge) -> None:
     judge(nn.Sequential(nn.ReLU(), *norms, nn.Tanh()), X, folds={"1": ["2"], "3": ["2"]}, kept={"2": "no-layer"})
 
 
+def test_batchnorm_that_has_taken_another_one_stays(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.a(m.b(m.a(m.fc(x)))), fc=nn.Linear(3, 4), a=nn.BatchNorm1d(4), b=nn.BatchNorm1d(4))
+    plan = judge(model, X, folds={"a": ["fc", "b"]}, kept={"b": "behind-batchnorm"})
+    assert plan.kept[0].reason == "it has taken another BatchNorm, and stays for that"
+
+
 def test_batchnorm_behind_a_sum_goes_into_a_layer_and_a_batchnorm(judge: Judge, net: Any) -> None:
     model = net(
         lambda m, x: m.last(m.fc(x) + m.norm(x.relu())).tanh(),
