@@ -134,13 +134,17 @@ def _forget_load_hooks(module: nn.Module) -> None:
 
 
 def _in_eval_mode(parametrization: nn.Module) -> Tensor:
-    """What a parametrization computes; in training mode, it might move its own buffers."""
+    """What a parametrization computes in eval mode; its flags and its buffers come out as they went in."""
     flags = {part: part.training for part in parametrization.modules()}
-    try:
-        parametrization.eval()
-        with torch.no_grad():
-            numbers: Tensor = parametrization()
-        return numbers
-    finally:
-        for part, flag in flags.items():
-            part.training = flag
+    buffers = {buffer: buffer.clone() for buffer in parametrization.buffers()}
+    with torch.no_grad():
+        try:
+            parametrization.eval()
+            # What it gives may be one of the buffers that are put back.
+            numbers: Tensor = parametrization().clone()
+            return numbers
+        finally:
+            for part, flag in flags.items():
+                part.training = flag
+            for buffer, before in buffers.items():
+                buffer.copy_(before)

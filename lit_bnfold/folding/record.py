@@ -134,7 +134,7 @@ class Recorder:
         self._statistics = {tensor for module in self._batchnorms for tensor in own_tensors(module).values()}
         self._by_address: dict[int | None, list[Tensor]] = defaultdict(list)
         for tensor in self._census.tensors:
-            self._by_address[_address(tensor)].append(tensor)
+            self._by_address[address_of(tensor)].append(tensor)
         self._thread = threading.get_ident()
         self._stack: list[tuple[int, nn.Module | None]] = [(0, None)]
         self.looking_away = False
@@ -190,7 +190,7 @@ class Recorder:
 
     def _save_before_write(self, tensor: Tensor) -> None:
         with self._look_away():
-            for own in self._by_address.get(_address(tensor) or -1, ()):
+            for own in self._by_address.get(address_of(tensor) or -1, ()):
                 if own not in self._before_write:
                     self._before_write[own] = own.detach().clone()
 
@@ -223,7 +223,10 @@ class Recorder:
         like = next(module.parameters(), None)
         if is_torchs or like is None:
             return
-        stack.callback(own.update, {"bias": None}) if "bias" in own else stack.callback(own.pop, "bias")
+        if "bias" in own:
+            stack.callback(own.update, {"bias": None})
+        else:
+            stack.callback(own.pop, "bias")
         bias = nn.Parameter(like.new_zeros(kind.channels(module)[1]), requires_grad=False)
         own["bias"] = self._lent[module] = bias
 
@@ -604,7 +607,7 @@ class _Ledger:
         known = self._living.get(id(tensor))
         if known is not None:
             return self._graph.values[known[1]]
-        is_alias = self._known_storage(_address(tensor)) is not None
+        is_alias = self._known_storage(address_of(tensor)) is not None
         value = self.add(tensor, maker=None)
         if is_alias:
             self._graph.aliased.setdefault(value.storage, "is also reached through a tensor of unknown origin")
@@ -617,7 +620,7 @@ class _Ledger:
 
     def add(self, tensor: Tensor, maker: int | None, constant: bool = False) -> Value:
         """Give a tensor a new value, made by a call or come from outside."""
-        address = _address(tensor)
+        address = address_of(tensor)
         value = Value(
             index=len(self._graph.values),
             shape=tuple(tensor.shape),
@@ -780,7 +783,7 @@ def _reveals_numbers(operation: Any, args: tuple[Any, ...]) -> bool:
     return torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
 
 
-def _address(tensor: Tensor) -> int | None:
+def address_of(tensor: Tensor) -> int | None:
     """Where a tensor's storage lies in memory; 0 for an empty one, None where torch does not tell."""
     try:
         return tensor.untyped_storage().data_ptr()

@@ -16,10 +16,10 @@ from lit_bnfold.folding.graph import Call, Layer, Obstacle, Ref, Value, ValueGra
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
 from lit_bnfold.folding.transparent import RULES, Channels, NotTransparent, adds_nothing
 
-# A BatchNorm beside another one that stays: once that one is folded, this one may be as well.
 # Three digits.
 _MOST_GAIN = 1e3
 
+# A BatchNorm beside another one that stays: once that one is folded, this one may be as well.
 _NEIGHBOURS = ("behind-batchnorm", "before-batchnorm")
 
 

@@ -28,7 +28,7 @@ from lit_bnfold.folding.graph import FoldingError, Obstacle, ValueGraph
 from lit_bnfold.folding.kinds import Kinds
 from lit_bnfold.folding.moved import Function, moves
 from lit_bnfold.folding.plan import Fold, FoldingPlan
-from lit_bnfold.folding.record import Recorder, tensors_in
+from lit_bnfold.folding.record import Recorder, address_of, tensors_in
 from lit_bnfold.folding.rewrite import erase
 
 # A copy of so many numbers in float64 takes 1 GiB.
@@ -150,10 +150,11 @@ def obstacle_to(
             return "not-finite", f"folding `{fold.batchnorm}` leads to larger numbers than float16 holds"
     moved = moves(plan, modules, kinds)
     baked = [name for name in moved if computed_tensors(modules[name])]
-    for name in baked:
-        if not is_steady(modules[name]):
-            return "computed-weight", f"`{name}` computes another weight at every call"
-        bake(modules[name])
+    with _random_numbers_kept(twin):
+        for name in baked:
+            if not is_steady(modules[name]):
+                return "computed-weight", f"`{name}` computes another weight at every call"
+            bake(modules[name])
     for fold in plan.folds:
         erase(modules[fold.batchnorm], fold.direction, kinds)
 
@@ -210,7 +211,7 @@ def _copy_example(example: Any) -> Any:
     """A copy for one run, which may write into its inputs or empty its dicts and lists."""
     together: dict[int, list[Tensor]] = defaultdict(list)
     for tensor in {id(tensor): tensor for tensor in tensors_in(example)}.values():
-        together[_memory(tensor)].append(tensor)
+        together[address_of(tensor) or 0].append(tensor)
     memo: dict[int, Any] = {}
     for address, tensors in together.items():
         if len(tensors) == 1 or not address:
@@ -222,13 +223,6 @@ def _copy_example(example: Any) -> Any:
             other = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             memo[id(tensor)] = other.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
     return copy.deepcopy(example, memo)
-
-
-def _memory(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
-        return 0
 
 
 def _agree(expected: Any, found: Any) -> bool:

@@ -331,3 +331,31 @@ def test_baked_layer_can_be_pickled(form: Any) -> None:
     model = nn.Sequential(form(nn.Linear(3, 4).double()), nn.BatchNorm1d(4)).double().eval()
     folded = pickle.loads(pickle.dumps(fold_batchnorm(model, (X,))))
     assert sorted(folded.state_dict()) == ["0.bias", "0.weight"]
+
+
+def test_buffers_that_a_parametrization_writes_come_out_as_they_went_in() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            self.calls += 1
+            return weight * 2
+
+    model = nn.Sequential(with_parametrization(Counted())[0], nn.BatchNorm1d(4)).double().eval()
+    calls = model[0].parametrizations.weight[0].calls
+    before = calls.clone()
+    plan_folding(model, (X,))
+    assert torch.equal(calls, before)
+    put_back = bake(model[0])
+    put_back()
+    assert torch.equal(calls, before)
+
+
+@forms
+def test_random_numbers_of_python_come_out_as_they_went_in(form: Any) -> None:
+    model = nn.Sequential(form(nn.Linear(3, 4).double()), nn.BatchNorm1d(4)).double().eval()
+    state = random.getstate()
+    assert plan_folding(model, (X,)).folds
+    assert random.getstate() == state
