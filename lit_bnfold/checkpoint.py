@@ -196,7 +196,7 @@ def progress_of_training(pl_module: LightningModule) -> Iterator[dict[str, Any]]
     progress: dict[str, Any] = {}
 
     def watch(checkpoint: dict[str, Any]) -> None:
-        _check_is_unfolded(checkpoint)
+        _check_is_unfolded(checkpoint, "This checkpoint")
         progress.update({key: checkpoint[key] for key in ("epoch", "global_step", "loops") if key in checkpoint})
 
     # A class that takes folded checkpoints would have taken the structure by then.
@@ -223,7 +223,7 @@ def read_training(path: str | Path, weights_only: bool | None = None) -> dict[st
         ValueError: If it is no checkpoint of Lightning, or holds more than ``weights_only`` allows.
     """
     checkpoint = _read(Path(path), weights_only)
-    _check_is_unfolded(checkpoint)
+    _check_is_unfolded(checkpoint, path)
     return checkpoint
 
 
@@ -290,9 +290,9 @@ def _check_layout(path: Path) -> None:
         )
 
 
-def _check_is_unfolded(checkpoint: Mapping[str, Any]) -> None:
+def _check_is_unfolded(checkpoint: Mapping[str, Any], name: str | Path) -> None:
     if MANIFEST in checkpoint:
-        raise FoldingError("This checkpoint is folded already; fold the one that it was made of.")
+        raise FoldingError(f"{name} is folded already; fold the checkpoint that it was made of.")
 
 
 @contextmanager
