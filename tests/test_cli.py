@@ -362,7 +362,9 @@ def test_training_does_not_go_on_from_a_folded_checkpoint(
     assert "\n" not in said
 
 
-def test_a_folded_checkpoint_is_not_folded_again(smoke: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folded_checkpoint_is_not_folded_again(
+    smoke: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folded = smoke.directory / "folded.ckpt"
     said = leaves(capsys, "fold", "--ckpt_path", folded, "--output", tmp_path / "again")
     assert said == f"lit-bnfold: {folded} is folded already; fold the checkpoint that it was made of."
