@@ -297,9 +297,10 @@ def test_a_folded_checkpoint_is_not_folded_again(folded_file: Path, tmp_path: Pa
         pass
 
     for of_class in (Foreign, Mixed):
-        folding = BatchNormFolding(dirpath=str(tmp_path / "again"))
+        folding, module = BatchNormFolding(dirpath=str(tmp_path / "again")), of_class(5)
         with pytest.raises(FoldingError, match="folded already; fold the checkpoint that it was made of"):
-            folding.fold_checkpoint(idle_trainer(tmp_path), of_class(5), folded_file, weights_only=True)
+            folding.fold_checkpoint(idle_trainer(tmp_path), module, folded_file, weights_only=True)
+        assert any(isinstance(each, _BatchNorm) for each in module.modules())
     assert not (tmp_path / "again").exists()
 
 

@@ -300,6 +300,9 @@ def test_a_checkpoint_of_a_cli_names_its_classes_itself(shop: Callable[[str], An
     assert_is_fold_of(checkpoint, composed)
     # The description of the objects is kept, and not the objects.
     assert written["hyper_parameters"] == torch.load(checkpoint, weights_only=True)["hyper_parameters"]
+    # Other data to validate on does not take the arguments of the data that is in the checkpoint.
+    with pytest.raises(SystemExit, match=r"shop\.data\.Rows needs what is neither .*: --data\.rows"):
+        fold(checkpoint, "--data", "shop.data.Rows")
     # With the configuration: the precision of the training, and so its tolerance.
     fold(checkpoint, "--config", str(config))
     assert json.loads((checkpoint.parent / "folding.json").read_text())["tolerance"] == 1e-10
