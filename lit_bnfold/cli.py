@@ -1,11 +1,14 @@
-"""The command line: ``lit-bnfold fit | validate | test | fold``."""
+"""The command line: ``lit-bnfold fit | validate | test | predict | fold``."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +22,10 @@ from lit_bnfold.callbacks import BatchNormFolding
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
 from lit_bnfold.fold_command import SUMMARY, find_last_checkpoint, fold
 from lit_bnfold.folding import FoldingError
+from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
+from lit_bnfold.names.sampling import Sampling
 
 # Drawing the bar costs as much as a training step of the small network.
 _BAR_REFRESH_STEPS = 200
@@ -51,6 +56,7 @@ class NamesCLI(LightningCLI):
             "fit": offered["fit"],
             "validate": offered["validate"],
             "test": offered["test"],
+            "predict": offered["predict"] | {"return_predictions"},
         }
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
@@ -68,6 +74,7 @@ class NamesCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(LearningRateMonitor, "learning_rate")
+        parser.add_class_arguments(Sampling, "names")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",
@@ -91,6 +98,8 @@ class NamesCLI(LightningCLI):
         path = config.ckpt_path
         if path == "last":
             path = str(find_last_checkpoint(Path(config.trainer.default_root_dir or ".")))
+        if path is None and self.config.subcommand == "predict":
+            raise ValueError("Expected a checkpoint to sample names from; pass --ckpt_path FILE, or --ckpt_path last.")
         if path is not None and Path(path).is_file():
             # Before everything else on the command line, so that what is said there or in a configuration counts.
             given = list(sys.argv[1:] if args is None else args)
@@ -113,8 +122,16 @@ class NamesCLI(LightningCLI):
         """Make the trainer, with a progress bar that is drawn now and then."""
         config = self.config_init[self.subcommand].trainer
         callbacks = list(config.callbacks or [])
-        if config.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
-            kwargs["callbacks"] = [*callbacks, TQDMProgressBar(refresh_rate=_BAR_REFRESH_STEPS)]
+        if self.subcommand == "predict":
+            kwargs["enable_progress_bar"] = bool(config.enable_progress_bar)
+            if config.devices == "auto":
+                # A few names are not worth a second process.
+                kwargs["devices"] = 1
+        elif config.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
+            callbacks.append(TQDMProgressBar(refresh_rate=_BAR_REFRESH_STEPS))
+        if self.subcommand in ("fit", "predict"):
+            callbacks += [SampledNames(self.config_init[self.subcommand].names), CharacterEmbedding()]
+        kwargs["callbacks"] = callbacks
         if self.subcommand != "fit" and config.logger is None:
             # There would be nothing in its directory.
             kwargs["logger"] = False
@@ -147,16 +164,21 @@ def main(args: list[str] | None = None) -> None:
         if given[:1] == ["fold"]:
             fold(given[1:])
             return
-        NamesCLI(
-            BatchNormMLP,
-            NamesDataModule,
-            save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_class=_ListingParser,
-            trainer_defaults=_TRAINER_DEFAULTS,
-            seed_everything_default=42,
-            args=args,
-        )
+        with _warnings_only() if given[:1] == ["predict"] else nullcontext():
+            NamesCLI(
+                BatchNormMLP,
+                NamesDataModule,
+                save_config_callback=SaveFitConfig,
+                save_config_kwargs={"overwrite": True},
+                parser_class=_ListingParser,
+                trainer_defaults=_TRAINER_DEFAULTS,
+                seed_everything_default=42,
+                args=args,
+            )
+    except BrokenPipeError:
+        # Whoever reads the names has enough; Python would complain once more when it closes the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (FoldingError, MisconfigurationException, ModuleNotFoundError, OSError, ValueError) as error:
         _leave(error)
     except RuntimeError as error:
@@ -186,6 +208,20 @@ def _silence_noise() -> None:
     # The commands that only read a checkpoint go without the callbacks of the training that wrote it.
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
+@contextmanager
+def _warnings_only() -> Iterator[None]:
+    """Keep from the terminal what Lightning does step by step."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _leave(error: Exception) -> NoReturn:

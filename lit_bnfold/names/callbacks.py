@@ -86,7 +86,8 @@ class SampledNames(Callback):
         data = NamesDataModule.of(trainer)
         self._shown += len(outputs)
         self._known += sum(name in data.training_words for name in outputs)
-        print("\n".join(_marked(name, data) for name in outputs) if sys.stdout.isatty() else "\n".join(outputs))
+        lines = [_marked(name, data) for name in outputs] if sys.stdout.isatty() else outputs
+        print("\n".join(lines), flush=True)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the mark means, on a terminal."""
@@ -102,7 +103,7 @@ class CharacterEmbedding(Callback):
         assert isinstance(pl_module, BatchNormMLP)
         for logger in _tensorboards(trainer):
             logger.experiment.add_embedding(
-                pl_module.net.embedding.weight.float(),  # (vocab_size, n_embd)
+                pl_module.net.get_parameter("embedding.weight").float(),  # (vocab_size, n_embd)
                 metadata=[_label(character) for character in NamesDataModule.of(trainer).stoi],
                 global_step=trainer.global_step,
                 tag="characters",

@@ -15,12 +15,12 @@ BLOCK = 1_024
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which names to sample.
+    """Which names to sample, in ``predict`` and at each validation of ``fit``.
 
     Args:
-        number: Number of names. Fewer of them are the first ones of more.
-        temperature: Divisor of the logits, 1 for the probabilities that the network learned; towards 0 every character
-            is the likeliest one, and far above 1 all are equally likely.
+        number: Number of names; fewer of them are the first ones of more.
+        temperature: Divisor of the logits: 1 leaves the probabilities as the network learned them, towards 0 the
+            likeliest character always comes, and far above 1 all are equally likely.
         seed: Seed of the random numbers.
         prefix: What every name begins with.
         min_length: Least number of characters of a name, the prefix included; before that it does not end.
@@ -67,8 +67,8 @@ class Sampling:
         """
         unknown = sorted({character for character in self.prefix if not stoi.get(character)})
         if unknown:
-            known = "".join(character for character, index in stoi.items() if index)
-            raise ValueError(f"prefix: expected characters of the words, got {unknown}; the words have {known!r}.")
+            known = f"the {len(stoi) - 1} characters of the words"
+            raise ValueError(f"prefix: {self.prefix!r} has {unknown}, which no word has; use {known}.")
         return [stoi[character] for character in self.prefix]
 
 
