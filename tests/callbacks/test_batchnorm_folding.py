@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -1061,3 +1063,23 @@ def test_two_processes_fold_together(strategy: str, tmp_path: Path, randomised: 
     folded = load_folded(Gathering, tmp_path / "folded.ckpt")
     torch.testing.assert_close(folded(inputs)[0], module.eval()(inputs)[0], rtol=0, atol=1e-5)
     assert float(trainer.callback_metrics["folding/folds"]) == 1.0
+
+
+# Interrupted ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_that_folds_an_interrupted_training_names_its_classes(caplog: pytest.LogCaptureFixture) -> None:
+    class Script(Tiny):
+        __module__ = "__main__"
+        __qualname__ = "Script"
+
+    class Rows(LightningDataModule):
+        __qualname__ = "Rows"
+
+    saved = argparse.Namespace(last_model_path="a directory/last.ckpt")
+    trainer = argparse.Namespace(checkpoint_callbacks=[saved], datamodule=Rows())
+    with caplog.at_level("INFO"):
+        BatchNormFolding().on_exception(trainer, Script(), KeyboardInterrupt())  # type: ignore[arg-type]
+    script = Path(sys.modules["__main__"].__file__).stem
+    command = f"lit-bnfold fold --ckpt_path 'a directory/last.ckpt' --model {script}.Script --data {__name__}.Rows"
+    assert caplog.messages[-1] == f"Nothing was folded. To fold the last checkpoint: {command}"
