@@ -880,7 +880,7 @@ def test_weight_that_is_read_where_only_one_witness_hears_keeps_the_batchnorm(
         def forward(self, x: Tensor, below: bool = False) -> Tensor:
             if not below:
                 return F.linear(x, self.weight, self.bias)
-            # What Python reads is no operation to the dispatcher; what goes to the dispatcher is no function of a layer.
+            # What Python reads is no operation, and what goes straight to the dispatcher is no function of a layer.
             if unheard is torch._C.DisableTorchFunction:
                 return x.sum() * self.weight.tolist()[0][0]  # type: ignore[no-any-return]
             return torch.ops.aten.linear(x, self.weight)  # type: ignore[no-any-return]
