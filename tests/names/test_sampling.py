@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_bnfold.folding import fold_batchnorm
 from lit_bnfold.names.model import BatchNormMLP
-from lit_bnfold.names.sampling import BLOCK, Sampling, gumbel_noise, sample_names
+from lit_bnfold.names.sampling import BLOCK, Sampling, gumbel_noise, in_float64, sample_names
 
 STOI = {character: index for index, character in enumerate(".abcdefghijklmnopqrstuvwxyz")}
 
@@ -161,6 +161,7 @@ def test_a_network_in_bfloat16_is_sampled_with_the_weights_it_has(model: BatchNo
     model.bfloat16()
     names = sample_names(model.net, STOI, 3, Sampling(number=200))
     assert model.net.linear1.weight.dtype == torch.bfloat16
+    assert in_float64(model.net)(torch.zeros(1, 3, dtype=torch.int64)).dtype == torch.float64
     assert sample_names(model.float().net, STOI, 3, Sampling(number=200)) == names
 
 
