@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+# Numbers that are compared at a time on a CPU, so that their float64 copies stay in its cache.
+_PIECE = 1 << 17
+
 
 class OutputError(Metric):
     """The largest difference between the outputs of the folded model and those of the original.
@@ -55,11 +58,10 @@ class OutputError(Metric):
         _require_one_shape(folded, original)
         if folded.numel() == 0:
             return
-        folded, original = _widened(folded), _widened(original)
-        agree = (folded == original) | (folded.isnan() & original.isnan())
-        # What is still NaN here has NaN on one side only.
-        difference = (folded - original).abs().masked_fill(agree, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        scale = original.abs().masked_fill(~original.isfinite(), 0.0)
+        size = _PIECE if folded.device.type == "cpu" else folded.numel()
+        pieces = zip(folded.reshape(-1).split(size), original.reshape(-1).split(size), strict=True)
+        largest = [_difference_and_scale(_widened(one), _widened(other)) for one, other in pieces]
+        difference, scale = map(torch.stack, zip(*largest, strict=True))
         self.difference = torch.maximum(self.difference, difference.max().to(self.difference))
         self.scale = torch.maximum(self.scale, scale.max().to(self.scale))
 
@@ -116,6 +118,18 @@ class ArgmaxAgreement(Metric):
     def compute(self) -> Tensor:
         """Return the share, of shape ()."""
         return self.equal / self.total
+
+
+def _difference_and_scale(folded: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest difference of two tensors of shape (N,), and the largest finite element; both of shape ()."""
+    difference, scale = (folded - original).abs(), original.abs()
+    largest = difference.max(), scale.max()
+    if bool((largest[0] + largest[1]).isfinite()):
+        return largest
+    agree = (folded == original) | (folded.isnan() & original.isnan())
+    # What is still NaN here has NaN on one side only.
+    difference = difference.masked_fill(agree, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return difference.max(), scale.masked_fill(~original.isfinite(), 0.0).max()
 
 
 def _require_one_shape(folded: Tensor, original: Tensor) -> None:
