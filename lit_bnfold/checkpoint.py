@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,7 +88,9 @@ def load_folded(model_class: type[_Module], path: str | Path, **kwargs: Any) -> 
     return module.eval()
 
 
-def save_folded(trainer: Trainer, pl_module: LightningModule, plan: FoldingPlan, path: Path) -> None:
+def save_folded(
+    trainer: Trainer, pl_module: LightningModule, plan: FoldingPlan, path: Path, outdated: Sequence[Path] = ()
+) -> None:
     """Save a module that is folded at this moment; the file appears whole or not at all. To be called on all ranks.
 
     Args:
@@ -96,21 +98,26 @@ def save_folded(trainer: Trainer, pl_module: LightningModule, plan: FoldingPlan,
         pl_module: The folded module.
         plan: The plan by which it was folded.
         path: Where the file goes.
+        outdated: Files that tell of an older one, or were made with it: they go when it does.
     """
-    with _manifest_in_checkpoint(pl_module, plan), whole_file(path, trainer) as part:
+    with _manifest_in_checkpoint(pl_module, plan), whole_file(path, trainer, outdated) as part:
         trainer.save_checkpoint(part, weights_only=True)
 
 
 @contextmanager
-def whole_file(path: Path, trainer: Trainer) -> Iterator[Path]:
+def whole_file(path: Path, trainer: Trainer, outdated: Sequence[Path] = ()) -> Iterator[Path]:
     """Write beside, then rename, so that the file under its own name is always a whole one.
 
     Args:
         path: Where the file goes; its directory is made.
         trainer: The Trainer, whose first rank does the renaming.
+        outdated: Files that this one makes outdated; they are taken away right before it gets its name.
 
     Yields:
         The path to write to.
+
+    Raises:
+        OSError: If it cannot be written; names the file.
     """
     part = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +130,13 @@ def whole_file(path: Path, trainer: Trainer) -> Iterator[Path]:
         if trainer.is_global_zero:
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
+            for other in outdated:
+                other.unlink(missing_ok=True)
             part.replace(path)
+    except OSError as error:
+        # A full disk is reported without the file that no longer fitted on it.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         trainer.strategy.checkpoint_io = own_io
         if trainer.is_global_zero:

@@ -284,12 +284,15 @@ class BatchNormFolding(Callback):
         folded = _copy(pl_module)
         # A `fast_dev_run` leaves no files, and must not replace those of a real one.
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            save_folded(trainer, pl_module, plan, directory / "folded.ckpt")
+            report = directory / "folding.json"
+            # The report comes last and goes first: where it lies, it tells of the files beside it.
+            outdated = [report, *(directory / name for name in FILES.values())]
+            save_folded(trainer, pl_module, plan, directory / "folded.ckpt", outdated)
             example = pl_module.example_input_array
             calls = calls or ([] if example is None else [Call.of(example)])
             tolerance = self.tolerance or _dtype_tolerance(pl_module)
             self.report["exports"] = export_files(self.export, trainer, folded, calls, directory, tolerance)
-            with whole_file(directory / "folding.json", trainer) as part:
+            with whole_file(report, trainer) as part:
                 if trainer.is_global_zero:
                     write_report(self.report, part)
         self.folded_module = folded
