@@ -135,7 +135,8 @@ def whole_file(path: Path, trainer: Trainer, outdated: Sequence[Path] = ()) -> I
             part.replace(path)
     except OSError as error:
         # A full disk is reported without the file that no longer fitted on it.
-        error.filename = error.filename or str(path)
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
         raise
     finally:
         trainer.strategy.checkpoint_io = own_io

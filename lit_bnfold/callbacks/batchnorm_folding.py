@@ -155,11 +155,13 @@ class BatchNormFolding(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to fold what an interrupted training has left."""
-        paths = [getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks]
-        path = next(filter(None, paths), None)
-        if self.plan is None and path is not None:
+        # Not every checkpoint callback keeps a last one.
+        kinds, savers = ("last", "best"), trainer.checkpoint_callbacks
+        found = ((kind, getattr(saver, f"{kind}_model_path", "")) for kind in kinds for saver in savers)
+        kind, path = next((each for each in found if each[1]), ("", ""))
+        if self.plan is None and path:
             rank_zero_info(
-                f"Nothing was folded. To fold the last checkpoint: lit-bnfold fold --ckpt_path {shlex.quote(path)}\n"
+                f"Nothing was folded. To fold the {kind} checkpoint: lit-bnfold fold --ckpt_path {shlex.quote(path)}\n"
                 f"With a module of your own: BatchNormFolding().fold_checkpoint(trainer, module, {path!r})"
             )
 
