@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,9 @@ from lit_bnfold.callbacks.report import Report, make_report, print_report, scala
 from lit_bnfold.callbacks.validation import ValidationRun, first_training_batch, run_validation
 from lit_bnfold.checkpoint import save_folded, whole_file
 from lit_bnfold.folding import FoldingError, FoldingPlan
-from lit_bnfold.folding.copying import copy_model
+from lit_bnfold.folding.copying import copy_model, stand_in
 from lit_bnfold.folding.kinds import KINDS
+from lit_bnfold.folding.record import address_of
 from lit_bnfold.folding.rewrite import folded_in_place
 
 _Validate = Callable[[Sequence[Callback]], ValidationRun | None]
@@ -238,6 +239,7 @@ class BatchNormFolding(Callback):
                 self._run_example(trainer, pl_module, original)
         plan = original.plan()
         folded = LayerWitness(pl_module, plan)
+        trained = {address_of(parameter) for parameter in pl_module.parameters()}
         with folded_in_place(plan, pl_module):
             with folded, first_call(pl_module) as calls:
                 after = validate([folded])
@@ -249,7 +251,7 @@ class BatchNormFolding(Callback):
             runs = (before, after)
             self.report = make_report(plan, layer_errors, runs, outputs, weights, tolerance, folded.stray, reestimated)
             if self.report["mismatch"] is None:
-                self._write(trainer, pl_module, plan, directory, calls)
+                self._write(trainer, pl_module, plan, directory, calls, trained)
         self.plan = plan
         self._conclude(trainer, pl_module, directory)
 
@@ -279,11 +281,17 @@ class BatchNormFolding(Callback):
                 module.training = flag
 
     def _write(
-        self, trainer: Trainer, pl_module: LightningModule, plan: FoldingPlan, directory: Path, calls: Sequence[Call]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        plan: FoldingPlan,
+        directory: Path,
+        calls: Sequence[Call],
+        trained: Collection[int | None],
     ) -> None:
         """Write the files while the module is folded, and keep a copy of it."""
         assert self.report is not None
-        folded = _copy(pl_module)
+        folded = _copy(pl_module, trained)
         # A `fast_dev_run` leaves no files, and must not replace those of a real one.
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             report = directory / "folding.json"
@@ -354,6 +362,7 @@ class BatchNormFolding(Callback):
         pl_module.on_load_checkpoint(checkpoint)
         try:
             pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+            del checkpoint  # as large as the module, and its optimizer's state as well
             yield f"best: {path}"
         finally:
             if self.folded_module is not pl_module:
@@ -398,11 +407,15 @@ def _copy_numbers(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) ->
             tensor.copy_(source[name])
 
 
-def _copy(pl_module: LightningModule) -> LightningModule | None:
-    """A copy in eval mode, without the Trainer; None for a module that cannot be copied, such as one with a lock."""
+def _copy(pl_module: LightningModule, trained: Collection[int | None]) -> LightningModule | None:
+    """A copy in eval mode, without the Trainer; None for a module that cannot be copied, such as one with a lock.
+
+    It takes over what the fold made, which the module itself is about to drop, and copies what was ``trained``.
+    """
+    made = (parameter for parameter in pl_module.parameters() if address_of(parameter) not in trained)
     trainer, pl_module.trainer = pl_module.trainer, None
     try:
-        return copy_model(pl_module).eval()
+        return copy_model(pl_module, {id(parameter): stand_in(parameter) for parameter in made}).eval()
     except FoldingError as error:
         rank_zero_warn(f"{error} BatchNormFolding has no folded_module; load_folded makes one of the file.")
         return None

@@ -187,6 +187,20 @@ class LayerWitness(Witness):
         self._recorder = self._recorder or Recorder(self.pl_module, plans=False, instead=self._compared)
         super().watch()
         self._watching.enter_context(self._recorder)
+        # Of all that happens, only the folded layers are of interest now.
+        self._recorder.looking_away = True
+        for name in self._moves:
+            layer = self._counted[name]
+            self._watching.callback(layer.register_forward_pre_hook(self._look, prepend=True).remove)
+            self._watching.callback(layer.register_forward_hook(self._look_away, always_call=True).remove)
+
+    def _look(self, layer: nn.Module, args: Any) -> None:
+        assert self._recorder is not None
+        self._recorder.looking_away = False
+
+    def _look_away(self, layer: nn.Module, args: Any, output: Any) -> None:
+        assert self._recorder is not None
+        self._recorder.looking_away = True
 
     def _compared(self, name: str, function: Function) -> Function:
         """The function of a layer, whose output is compared with that of the unfolded layer and its BatchNorms."""
