@@ -148,6 +148,7 @@ class LayerWitness(Witness):
         }
         self.errors = {name: OutputError() for name in self._moves}
         self._recorder: Recorder | None = None
+        self._running = 0
         self.stray: str | None = None
         self._plan = plan
         self._counted = {name: modules[name] for fold in plan.folds for name in (fold.batchnorm, *fold.layers)}
@@ -188,7 +189,7 @@ class LayerWitness(Witness):
         super().watch()
         self._watching.enter_context(self._recorder)
         # Of all that happens, only the folded layers are of interest now.
-        self._recorder.looking_away = True
+        self._recorder.looking_away, self._running = True, 0
         for name in self._moves:
             layer = self._counted[name]
             self._watching.callback(layer.register_forward_pre_hook(self._look, prepend=True).remove)
@@ -196,11 +197,13 @@ class LayerWitness(Witness):
 
     def _look(self, layer: nn.Module, args: Any) -> None:
         assert self._recorder is not None
+        self._running += 1
         self._recorder.looking_away = False
 
     def _look_away(self, layer: nn.Module, args: Any, output: Any) -> None:
         assert self._recorder is not None
-        self._recorder.looking_away = True
+        self._running -= 1  # A layer may hold another one.
+        self._recorder.looking_away = self._running == 0
 
     def _compared(self, name: str, function: Function) -> Function:
         """The function of a layer, whose output is compared with that of the unfolded layer and its BatchNorms."""

@@ -582,6 +582,25 @@ def test_a_later_checkpoint_holds_the_report(tmp_path: Path) -> None:
     assert again.report["validation"] != folding.report["validation"]
 
 
+@pytest.mark.parametrize("kind", [TwoNetworks, Attributes, Convolutional])
+def test_the_folded_module_shares_no_memory_with_the_trained_one(
+    kind: type[Tiny], tmp_path: Path, randomised: Randomised
+) -> None:
+    """It takes over what the fold made, and nothing that the module has after it."""
+    module, folding = randomised(kind()), BatchNormFolding()
+    fit(tmp_path, module, folding)
+    addresses = [
+        {tensor.untyped_storage().data_ptr() for tensor in (*each.parameters(), *each.buffers())}
+        for each in (module, folding.folded_module)
+    ]
+    assert addresses[0].isdisjoint(addresses[1])
+    expected, inputs = folding.folded_module(torch.ones(3, 4)), torch.ones(3, 4)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert torch.equal(folding.folded_module(inputs), expected)
+
+
 def test_a_second_fit_begins_with_nothing_folded(tmp_path: Path) -> None:
     class Failing(Tiny):
         def on_train_start(self) -> None:
