@@ -189,7 +189,7 @@ class LayerWitness(Witness):
         super().watch()
         self._watching.enter_context(self._recorder)
         # Of all that happens, only the folded layers are of interest now.
-        self._recorder.looking_away, self._running = True, 0
+        self._recorder.looking_away.is_on, self._running = True, 0
         for name in self._moves:
             layer = self._counted[name]
             self._watching.callback(layer.register_forward_pre_hook(self._look, prepend=True).remove)
@@ -198,12 +198,12 @@ class LayerWitness(Witness):
     def _look(self, layer: nn.Module, args: Any) -> None:
         assert self._recorder is not None
         self._running += 1
-        self._recorder.looking_away = False
+        self._recorder.looking_away.is_on = False
 
     def _look_away(self, layer: nn.Module, args: Any, output: Any) -> None:
         assert self._recorder is not None
         self._running -= 1  # A layer may hold another one.
-        self._recorder.looking_away = self._running == 0
+        self._recorder.looking_away.is_on = self._running == 0
 
     def _compared(self, name: str, function: Function) -> Function:
         """The function of a layer, whose output is compared with that of the unfolded layer and its BatchNorms."""
