@@ -913,7 +913,7 @@ def test_a_full_disk_is_named_with_the_file_and_costs_nothing_but_the_fold(
     assert files_in(tmp_path / "folded") == set()
     assert folding.folded_module is None
     (path,) = tmp_path.rglob("*.ckpt")
-    assert f"Nothing was folded. To fold the best checkpoint: lit-bnfold fold --ckpt_path {path}\n" in caplog.text
+    assert f"Nothing was folded. To fold the best checkpoint: lit-bnfold fold --ckpt_path {path}" in caplog.text
 
     # With room on the disk, what the message says works.
     class Validating(Tiny):
