@@ -13,7 +13,7 @@ import sys
 import tempfile
 import types
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -136,6 +136,7 @@ def save_folded(
     plan: FoldingPlan,
     path: Path,
     progress: Mapping[str, Any] = types.MappingProxyType({}),
+    outdated: Sequence[Path] = (),
 ) -> None:
     """Save a module that is folded at this moment; the file appears whole or not at all. To be called on all ranks.
 
@@ -145,6 +146,7 @@ def save_folded(
         plan: The plan by which it was folded.
         path: Where the file goes.
         progress: What the file says of the training, such as its ``global_step``, if that was not the Trainer's own.
+        outdated: Files that tell of an older one, or were made with it: they go when it does.
     """
 
     def add(checkpoint: dict[str, Any]) -> None:
@@ -153,7 +155,7 @@ def save_folded(
 
     undo = _add_to_hook(pl_module, "on_save_checkpoint", add)
     try:
-        with whole_file(path, trainer) as part:
+        with whole_file(path, trainer, outdated) as part:
             trainer.save_checkpoint(part, weights_only=True)
     finally:
         undo()
@@ -296,15 +298,19 @@ def _check_is_unfolded(checkpoint: Mapping[str, Any], name: str | Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path, trainer: Trainer) -> Iterator[Path]:
+def whole_file(path: Path, trainer: Trainer, outdated: Sequence[Path] = ()) -> Iterator[Path]:
     """Write beside, then rename, so that the file under its own name is always a whole one.
 
     Args:
         path: Where the file goes; its directory is made.
         trainer: The Trainer, whose first rank does the renaming.
+        outdated: Files that this one makes outdated; they are taken away right before it gets its name.
 
     Yields:
         The path to write to.
+
+    Raises:
+        OSError: If it cannot be written; names the file.
     """
     part = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -317,7 +323,14 @@ def whole_file(path: Path, trainer: Trainer) -> Iterator[Path]:
         if trainer.is_global_zero:
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
+            for other in outdated:
+                other.unlink(missing_ok=True)
             part.replace(path)
+    except OSError as error:
+        # A full disk is reported without the file that no longer fitted on it.
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
     finally:
         trainer.strategy.checkpoint_io = own_io
         if trainer.is_global_zero:

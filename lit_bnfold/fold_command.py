@@ -117,7 +117,7 @@ def find_last_checkpoint(root: Path) -> Path:
     return max(paths, key=lambda path: path.stat().st_mtime)
 
 
-# The command line -----------------------------------------------------------------------------------------------------
+# The command line.
 
 
 def _early_parser() -> argparse.ArgumentParser:
@@ -196,7 +196,7 @@ def _configured(config: Mapping[str, Any], parts: Sequence[_Part]) -> dict[str, 
     return chosen
 
 
-# The classes ----------------------------------------------------------------------------------------------------------
+# The classes.
 
 
 @contextmanager
@@ -291,7 +291,7 @@ def _lightning(of_class: type[Any]) -> Any:
     return None
 
 
-# The fold -------------------------------------------------------------------------------------------------------------
+# The fold.
 
 
 def _fold(early: argparse.Namespace, parts: Sequence[_Part], given: Namespace, made: Namespace) -> None:

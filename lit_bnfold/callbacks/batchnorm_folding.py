@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,8 +32,9 @@ from lit_bnfold.checkpoint import (
     whole_file,
 )
 from lit_bnfold.folding import FoldingError, FoldingPlan
-from lit_bnfold.folding.copying import copy_model
+from lit_bnfold.folding.copying import copy_model, stand_in
 from lit_bnfold.folding.kinds import KINDS
+from lit_bnfold.folding.record import address_of
 from lit_bnfold.folding.rewrite import folded_in_place
 
 _Validate = Callable[[Sequence[Callback]], ValidationRun | None]
@@ -191,15 +192,17 @@ class BatchNormFolding(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to fold what an interrupted training has left."""
         self._end_taking_folded()
-        paths = [getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks]
-        path = next(filter(None, paths), None)
-        if self.plan is None and path is not None:
+        # Not every checkpoint callback keeps a last one.
+        kinds, savers = ("last", "best"), trainer.checkpoint_callbacks
+        found = ((kind, getattr(saver, f"{kind}_model_path", "")) for kind in kinds for saver in savers)
+        kind, path = next((each for each in found if each[1]), ("", ""))
+        if self.plan is None and path:
             command = ["lit-bnfold", "fold", "--ckpt_path", path]
             for flag, owner in (("--model", pl_module), ("--data", trainer.datamodule)):  # type: ignore[attr-defined]
                 # The command knows the classes of this package.
                 if owner is not None and not type(owner).__module__.startswith("lit_bnfold."):
                     command += [flag, _import_path(type(owner))]
-            rank_zero_info(f"Nothing was folded. To fold the last checkpoint: {shlex.join(command)}")
+            rank_zero_info(f"Nothing was folded. To fold the {kind} checkpoint: {shlex.join(command)}")
 
     def fold_checkpoint(
         self,
@@ -309,6 +312,7 @@ class BatchNormFolding(Callback):
                 self._run_example(trainer, pl_module, original)
         plan = original.plan()
         folded = LayerWitness(pl_module, plan)
+        trained = {address_of(parameter) for parameter in pl_module.parameters()}
         with folded_in_place(plan, pl_module):
             with folded, first_call(pl_module) as calls:
                 after = validate([folded])
@@ -320,7 +324,7 @@ class BatchNormFolding(Callback):
             runs = (before, after)
             self.report = make_report(plan, layer_errors, runs, outputs, weights, tolerance, folded.stray, reestimated)
             if self.report["mismatch"] is None:
-                self._write(trainer, pl_module, plan, directory, calls)
+                self._write(trainer, pl_module, plan, directory, calls, trained)
         self.plan = plan
         self._conclude(trainer, pl_module, directory)
 
@@ -350,19 +354,28 @@ class BatchNormFolding(Callback):
                 module.training = flag
 
     def _write(
-        self, trainer: Trainer, pl_module: LightningModule, plan: FoldingPlan, directory: Path, calls: Sequence[Call]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        plan: FoldingPlan,
+        directory: Path,
+        calls: Sequence[Call],
+        trained: Collection[int | None],
     ) -> None:
         """Write the files while the module is folded, and keep a copy of it."""
         assert self.report is not None
-        folded = _copy(pl_module)
+        folded = _copy(pl_module, trained)
         # A `fast_dev_run` leaves no files, and must not replace those of a real one.
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            save_folded(trainer, pl_module, plan, directory / "folded.ckpt", self._progress)
+            report = directory / "folding.json"
+            # The report comes last and goes first: where it lies, it tells of the files beside it.
+            outdated = [report, *(directory / name for name in FILES.values())]
+            save_folded(trainer, pl_module, plan, directory / "folded.ckpt", self._progress, outdated)
             example = pl_module.example_input_array
             calls = calls or ([] if example is None else [Call.of(example)])
             tolerance = self.tolerance or _dtype_tolerance(pl_module)
             self.report["exports"] = export_files(self.export, trainer, folded, calls, directory, tolerance)
-            with whole_file(directory / "folding.json", trainer) as part:
+            with whole_file(report, trainer) as part:
                 if trainer.is_global_zero:
                     write_report(self.report, part)
         self.folded_module = folded
@@ -423,6 +436,7 @@ class BatchNormFolding(Callback):
         pl_module.on_load_checkpoint(checkpoint)
         try:
             pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+            del checkpoint  # as large as the module, and its optimizer's state as well
             yield f"best: {path}"
         finally:
             if self.folded_module is not pl_module:
@@ -475,11 +489,15 @@ def _copy_numbers(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) ->
             tensor.copy_(source[name])
 
 
-def _copy(pl_module: LightningModule) -> LightningModule | None:
-    """A copy in eval mode, without the Trainer; None for a module that cannot be copied, such as one with a lock."""
+def _copy(pl_module: LightningModule, trained: Collection[int | None]) -> LightningModule | None:
+    """A copy in eval mode, without the Trainer; None for a module that cannot be copied, such as one with a lock.
+
+    It takes over what the fold made, which the module itself is about to drop, and copies what was ``trained``.
+    """
+    made = (parameter for parameter in pl_module.parameters() if address_of(parameter) not in trained)
     trainer, pl_module.trainer = pl_module.trainer, None
     try:
-        return copy_model(pl_module).eval()
+        return copy_model(pl_module, {id(parameter): stand_in(parameter) for parameter in made}).eval()
     except FoldingError as error:
         rank_zero_warn(f"{error} BatchNormFolding has no folded_module; load_folded makes one of the file.")
         return None

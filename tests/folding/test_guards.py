@@ -872,6 +872,17 @@ def test_layer_used_inside_a_custom_operation_keeps_the_batchnorm(judge: Judge, 
     judge(model, X, kept={"bn": "aliased"})
 
 
+def test_custom_operation_on_constants_may_give_something_else_next_time(judge: Judge, net: Any) -> None:
+    @torch.library.custom_op("lit_bnfold_tests::count", mutates_args=())
+    def count(x: Tensor) -> Tensor:
+        return x + 1
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.bn(m.fc(x)) if count(torch.zeros(1)).item() else x  # type: ignore[no-any-return]
+
+    judge(net(forward), X, kept={"bn": "python-value"})
+
+
 @pytest.mark.parametrize("unheard", [torch._C.DisableTorchFunction, torch._C._DisableTorchDispatch])
 def test_weight_that_is_read_where_only_one_witness_hears_keeps_the_batchnorm(
     unheard: Any, judge: Judge, net: Any

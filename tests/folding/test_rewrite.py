@@ -334,9 +334,10 @@ class Sharing(nn.Module):
         self.filled: dict[str, Any] = {"numbers": [1.0], "first": self.first}
         self.filled["itself"] = self.filled
         self.again = self.filled
-        self.by_number: dict[int, Any] = {1: [2.0]}
+        self.by_layer: dict[nn.Module, Any] = {}
         self.empty: list[Any] = []
         self.layer = nn.Linear(2, 2)
+        self.by_layer[self.layer] = [2.0]
         self.same = [self.layer, self.layer.weight, self.first]
         self.name = "odd"
 
@@ -356,8 +357,8 @@ def test_copies_share_what_the_originals_share(kind: type[Sharing]) -> None:
     assert copied.filled is copied.again is copied.filled["itself"] is not original.filled
     assert copied.filled["numbers"] == original.filled["numbers"]
     assert copied.filled["numbers"] is not original.filled["numbers"]
-    assert copied.by_number == original.by_number
-    assert copied.by_number[1] is not original.by_number[1]
+    assert copied.by_layer == {copied.layer: [2.0]}
+    assert copied.by_layer[copied.layer] is not original.by_layer[original.layer]
     assert copied.same[0] is copied.layer is not original.layer
     assert copied.same[1] is copied.layer.weight
     assert copied.empty == []
