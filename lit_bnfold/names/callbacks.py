@@ -21,7 +21,8 @@ class SampledNames(Callback):
 
     Predicted names are printed one per line. On a terminal a star marks the ones that are training words, which are
     remembered rather than made up; what is piped into another program is the names and nothing else. Training is
-    the same with it and without it.
+    the same with it and without it. TensorBoard shows ten of the steps that it has texts of; of all of them with
+    `--samples_per_plugin=text=0`.
 
     Args:
         sampling: Which names.
@@ -96,14 +97,17 @@ class SampledNames(Callback):
 
 
 class CharacterEmbedding(Callback):
-    """Shows the embedding of the characters in TensorBoard's projector when training ends, each under its letter."""
+    """Shows the embedding of the characters in TensorBoard's projector when training ends, each under its letter.
+
+    The projector draws points; its button with an A writes the letters.
+    """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the embedding."""
         assert isinstance(pl_module, BatchNormMLP)
         for logger in _tensorboards(trainer):
             logger.experiment.add_embedding(
-                pl_module.net.get_parameter("embedding.weight").float(),  # (vocab_size, n_embd)
+                pl_module.net.get_parameter("embedding.weight"),  # (vocab_size, n_embd)
                 metadata=[_label(character) for character in NamesDataModule.of(trainer).stoi],
                 global_step=trainer.global_step,
                 tag="characters",
