@@ -176,7 +176,7 @@ def main(args: list[str] | None = None) -> None:
                 args=args,
             )
     except BrokenPipeError:
-        # Whoever reads the names has enough; Python would complain once more when it closes the pipe.
+        # Whoever reads what is printed has enough; Python would complain once more when it closes the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (FoldingError, MisconfigurationException, ModuleNotFoundError, OSError, ValueError) as error:

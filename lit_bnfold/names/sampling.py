@@ -78,18 +78,19 @@ def sample_names(
 ) -> list[str]:
     """Sample names from a network, on the device where it is.
 
-    A name is the same in any number of names, in any batch and on any device, and it is the same for a network and its
-    folded version. Its random numbers depend on the seed, the number of the name, the position and the character alone.
-    Each character is the one with the largest sum of logit and Gumbel noise: that is a draw from the softmax, and it
-    stays the same unless the two best sums are closer to each other than the logits of the two networks are.
+    The random numbers of a name depend on the seed, its number, the position and the character alone, so it is the same
+    among however many names, in whatever batch and on whatever device. Each character is the one with the largest sum
+    of logit and Gumbel noise: that is a draw from the softmax, and two networks make the same draw unless the two best
+    sums are closer to each other than their logits are. So a network and its folded version give the same names, with
+    these odds:
 
-    So it can happen. No way of sampling excludes it, as the probabilities of two networks that differ by a total of d
-    cannot give the same character more often than with probability 1 - d; rounding them first makes the differences
-    rarer and larger by the same factor. What can be done is to keep d small: a copy of the network computes in
-    float64, where batches and devices differ by 1e-14, and all that is left is that the folded weights were rounded.
-    With the notebook's network, trained for 40,000 steps, d is 2.3e-8 and a character changes with probability 3.0e-8,
-    one name of 1,000 with 2e-4. In float32 it would be 2.0e-7, and 1.2e-6 if one uniform number were compared with the
-    cumulative probabilities.
+    No way of sampling makes it certain. If d is the total variation distance between what two networks expect next,
+    they cannot draw the same character more often than with probability 1 - d, and rounding both first makes the
+    differences rarer and larger by the same factor. What can be done is to keep d small: a copy of the network computes
+    in float64, where batches and devices differ by 1e-14, and all that is left is that the folded weights were rounded.
+    For the notebook's network after 40,000 steps d is 2.3e-8, and a character differs with probability 3.0e-8, any of
+    1,000 names with 2e-4. In float32 a character would differ with 2.0e-7, and with 1.2e-6 if one uniform number were
+    compared with the cumulative probabilities. Lower temperatures, and weights of fewer digits, make it likelier.
 
     Args:
         net: Gives the logits (B, vocab_size) of the characters after contexts (B, block_size) of indices.
