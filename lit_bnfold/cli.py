@@ -7,8 +7,9 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bnfold.callbacks import BatchNormFolding
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
@@ -26,6 +28,7 @@ from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 from lit_bnfold.names.sampling import Sampling
+from lit_bnfold.parser import OneSentenceParser, read_config
 
 # Drawing the bar costs as much as a training step of the small network.
 _BAR_REFRESH_STEPS = 200
@@ -37,7 +40,7 @@ _TRAINER_DEFAULTS = {"max_steps": 200_000, "val_check_interval": 5_000, "check_v
 _TRAINING_CALLBACKS = (Checkpoint, LearningRateMonitor)
 
 
-class _ListingParser(LightningArgumentParser):
+class _ListingParser(OneSentenceParser):
     """Keeps the list of subcommands, so that ``fold`` can be in it."""
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
@@ -91,6 +94,8 @@ class NamesCLI(LightningCLI):
         ``--ckpt_path last`` is found here too: Lightning looks for it in the directory of the run that is about to
         begin, where there is none yet.
         """
+        given = list(sys.argv[1:] if args is None else args)
+        configurations = [read_config(file) for file in _configurations(given)]
         super().parse_arguments(parser, args)
         if self.config.subcommand == "fold":
             raise ValueError("Expected `fold` before its arguments: lit-bnfold fold --ckpt_path FILE.")
@@ -101,10 +106,12 @@ class NamesCLI(LightningCLI):
         if path is None and self.config.subcommand == "predict":
             raise ValueError("Expected a checkpoint to sample names from; pass --ckpt_path FILE, or --ckpt_path last.")
         if path is not None and Path(path).is_file():
+            checkpoint = _read_checkpoint(path)
+            explicit = _arguments_of_the_network(given, configurations) & vars(config.model).keys()
+            _tell_overridden(path, checkpoint.get("hyper_parameters", {}), {k: config.model[k] for k in explicit})
             # Before everything else on the command line, so that what is said there or in a configuration counts.
-            given = list(sys.argv[1:] if args is None else args)
             place = given.index(self.config.subcommand) + 1
-            self.config = parser.parse_args([*given[:place], *_data_arguments(path), *given[place:]])
+            self.config = parser.parse_args([*given[:place], *_data_arguments(checkpoint), *given[place:]])
         self.config[self.config.subcommand].ckpt_path = path
 
     def before_instantiate_classes(self) -> None:
@@ -187,18 +194,43 @@ def main(args: list[str] | None = None) -> None:
         _leave(error)
 
 
-def _data_arguments(path: str) -> list[str]:
-    """The arguments of the data that a checkpoint was trained on."""
+def _configurations(args: list[str]) -> list[Path]:
+    """The files that are given as ``--config``."""
+    values = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
+    values += [argument.partition("=")[2] for argument in args if argument.startswith("--config=")]
+    return [path for path in map(Path, values) if path.is_file()]
+
+
+def _read_checkpoint(path: str) -> dict[str, Any]:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        arguments = checkpoint.get("datamodule_hyper_parameters", {}).items()
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint.get("state_dict")
     except Exception as error:
         raise ValueError(f"Expected a checkpoint of Lightning at {path}, found another kind of file.") from error
+    return checkpoint
+
+
+def _data_arguments(checkpoint: dict[str, Any]) -> list[str]:
+    """The arguments of the data that a checkpoint was trained on."""
     return [
         f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in arguments
+        for name, value in checkpoint.get("datamodule_hyper_parameters", {}).items()
         if not name.startswith("_")
     ]
+
+
+def _arguments_of_the_network(args: Sequence[str], configurations: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of those that are given, be it in a configuration."""
+    sections = [config.get("model") for config in configurations]
+    names = {name for section in sections if isinstance(section, dict) for name in section}
+    return names | {argument.partition("=")[0].removeprefix("--model.") for argument in args}
+
+
+def _tell_overridden(path: str, saved: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
+    """Say which arguments of the network are left out: Lightning takes those that the checkpoint was trained with."""
+    for name, value in explicit.items():
+        if name in saved and saved[name] != value:
+            rank_zero_warn(f"{path} was trained with model.{name}={saved[name]}, which counts; {value} is left out.")
 
 
 def _silence_noise() -> None:

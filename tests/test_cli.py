@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -456,6 +457,23 @@ WRONG = {
     "wrong_number": (["fit", "--trainer.max_steps", "-5"], "lit-bnfold: `max_steps` must be"),
     "file_as_directory": (["fit", "--folding.dirpath", "bad.txt"], "lit-bnfold: dirpath: expected a directory"),
     "no_such_key": (["fit", "--checkpoint.monitor", "val/nothing", *SHORT], "val/nothing"),
+    "misspelt": (["fit", "--model.n_hiden", "3"], "There is no option --model.n_hiden; did you mean --model.n_hidden?"),
+    "ungrouped": (["fit", "--max_steps=3"], "There is no option --max_steps; did you mean --trainer.max_steps?"),
+    "abbreviated": (["fit", "--trainer.max_st", "3"], "There is no option --trainer.max_st; did you mean"),
+    "unlike_any": (["fit", "--xyzzy", "3"], "There is no option --xyzzy.\n"),
+    "misspelt_in_yaml": (["fit", "-c", "misspelt.yaml"], "There is no option --model.lrr; did you mean --model.lr?"),
+    "loose": (["fit", "3"], "Nothing is expected at 3; an option begins with --."),
+    "no_value": (["fit", "--model.lr"], "lit-bnfold: --model.lr: expected one argument."),
+    "no_number": (["fit", "--trainer.max_steps", "many"], "lit-bnfold: --trainer.max_steps: expected int, got many."),
+    "no_choice": (["fit", "--folding.weights", "bst"], "--folding.weights: expected one of ['last', 'best'], got bst."),
+    "neither": (["fit", "--model.n_hidden", "[a]"], "--model.n_hidden: expected Sequence[int], int, got ['a']."),
+    "no_config": (["fit", "-c", "none.yaml"], "lit-bnfold: --config: File does not exist"),
+    "no_yaml": (["fit", "--config=broken.yaml"], "lit-bnfold: Expected YAML in broken.yaml: "),
+    "no_mapping": (
+        ["fit", "-c", "list.yaml"],
+        "Expected a configuration with `model` and `data` in list.yaml",
+    ),
+    "no_command": (["fti"], "invalid choice: 'fti' (choose from 'fit', 'validate', 'test',"),
 }
 
 
@@ -466,11 +484,23 @@ def test_a_mistake_is_named_in_a_sentence(
     monkeypatch.chdir(tmp_path)
     for file, content in (("empty", b""), ("bad", b"a\nb.c\n"), ("binary", b"a\xff\n"), ("few", b"ab\ncd\n")):
         (tmp_path / f"{file}.txt").write_bytes(content)
-    (tmp_path / "few.yaml").write_text("{}")
+    for file, text in (("few", "{}"), ("misspelt", "model: {lrr: 1.0}"), ("broken", "model: [1,"), ("list", "[1]")):
+        (tmp_path / f"{file}.yaml").write_text(text)
     args, sentence = WRONG[name]
     said = leaves(capsys, *args, *(QUIET if args[:1] in (["fit"], ["test"]) else []))
     assert sentence in said
+    assert "usage:" not in said
     assert not list(tmp_path.rglob("*.ckpt")) or name == "no_such_key"
+
+
+@pytest.mark.parametrize(("value", "is_left_out"), [("0.7", True), ("0.1", False)])
+def test_an_argument_that_a_checkpoint_overrides_is_named(value: str, is_left_out: bool, smoke: Run) -> None:
+    last = smoke.directory / "checkpoints" / "last.ckpt"
+    message = f"{last} was trained with model.lr=0.1, which counts; {value} is left out."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main(["test", "--ckpt_path", str(last), "--model.lr", value, *QUIET, "--trainer.logger", "false"])
+    assert (message in [str(warning.message) for warning in caught]) == is_left_out
 
 
 def test_a_checkpoint_of_other_words_is_refused(
