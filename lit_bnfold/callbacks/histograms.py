@@ -121,7 +121,7 @@ class HistogramMonitor(StepMonitor):
                 self._scalars[f"saturated/{name}"] = (output.abs() > _SATURATED).float().mean()
 
     def _take(self, tag: str, tensor: Tensor) -> None:
-        if tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_nested and tensor.numel() > 1:
+        if tensor.layout == torch.strided and not tensor.is_nested and tensor.numel() > 1:
             # At once: what follows may change the tensor in place.
             self._histograms[tag] = _sample(tensor)
 
