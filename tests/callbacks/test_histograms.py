@@ -245,6 +245,21 @@ def test_any_output_is_shown_as_far_as_it_is_numbers(name: str, tmp_path: Path) 
         assert same(found[suffix], torch.tensor(values))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_output_of_the_old_kind_is_passed_over(tmp_path: Path) -> None:
+    class Odd(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.strange = Strange(torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.strange(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    fit(Odd(), tmp_path, HistogramMonitor(), max_steps=1)
+    assert "activations/strange" not in histograms(tmp_path)
+
+
 def test_the_first_of_several_calls_is_shown_before_it_is_changed_in_place(tmp_path: Path) -> None:
     class Twice(Tiny):
         def __init__(self) -> None:

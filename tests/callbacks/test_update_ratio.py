@@ -249,6 +249,8 @@ def test_what_does_not_change_or_diverges_is_left_out(tmp_path: Path) -> None:
             self.unused = nn.Parameter(torch.randn(4))
             self.shifted = nn.Parameter(torch.zeros(3))
             self.wild = nn.Parameter(torch.ones(2))
+            # Their variance is beyond float32.
+            self.huge = nn.Parameter(torch.tensor([1e30, -1e30]))
             self.empty = nn.Parameter(torch.ones(0))
             self.late = nn.LazyLinear(3)
 
@@ -256,7 +258,8 @@ def test_what_does_not_change_or_diverges_is_left_out(tmp_path: Path) -> None:
             # A power of two, so that all elements change alike to the last digit.
             loss = super().training_step(batch, batch_idx) + self.shifted.sum() * 8
             self.late(batch[0])
-            return loss + (self.wild.sum() * float("inf"))
+            loss = loss + (self.huge * torch.tensor([1e26, 2e26])).sum()
+            return loss + self.wild.sum() * float("inf")
 
     fit(Odd(), tmp_path, UpdateRatioMonitor(every_n_steps=1), max_steps=2)
     assert written(tmp_path).keys() == NAMES
@@ -368,7 +371,8 @@ def test_it_lets_go_of_its_copies_when_a_step_fails(tmp_path: Path) -> None:
         fit(Failing(), tmp_path, monitor)
     assert monitor._before == {}
     assert len(_global_optimizer_post_hooks) == before
-    # It can be used again.
+    # It can be used again, and counts from the start.
+    fit(Tiny(), tmp_path / "short", monitor, max_steps=5)
     fit(Tiny(), tmp_path / "again", monitor)
     assert set(written(tmp_path / "again")["net.0.weight"]) == {3, 7, 11}
     assert len(_global_optimizer_post_hooks) == before
