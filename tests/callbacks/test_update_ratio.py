@@ -249,8 +249,8 @@ def test_what_does_not_change_or_diverges_is_left_out(tmp_path: Path) -> None:
             self.unused = nn.Parameter(torch.randn(4))
             self.shifted = nn.Parameter(torch.zeros(3))
             self.wild = nn.Parameter(torch.ones(2))
-            # Their variance is beyond float32.
-            self.huge = nn.Parameter(torch.tensor([1e30, -1e30]))
+            # Their spread is beyond float32.
+            self.huge = nn.Parameter(torch.tensor([3e38, -3e38]))
             self.empty = nn.Parameter(torch.ones(0))
             self.late = nn.LazyLinear(3)
 
@@ -258,7 +258,7 @@ def test_what_does_not_change_or_diverges_is_left_out(tmp_path: Path) -> None:
             # A power of two, so that all elements change alike to the last digit.
             loss = super().training_step(batch, batch_idx) + self.shifted.sum() * 8
             self.late(batch[0])
-            loss = loss + (self.huge * torch.tensor([1e26, 2e26])).sum()
+            loss = loss + (self.huge * torch.tensor([1e34, 2e34])).sum()
             return loss + self.wild.sum() * float("inf")
 
     fit(Odd(), tmp_path, UpdateRatioMonitor(every_n_steps=1), max_steps=2)
