@@ -372,7 +372,7 @@ def test_it_lets_go_of_its_copies_when_a_step_fails(tmp_path: Path) -> None:
     assert monitor._before == {}
     assert len(_global_optimizer_post_hooks) == before
     # It can be used again, and counts from the start.
-    fit(Tiny(), tmp_path / "short", monitor, max_steps=5)
+    fit(Tiny(), tmp_path / "short", monitor, max_steps=2, log_every_n_steps=12)
     fit(Tiny(), tmp_path / "again", monitor)
     assert set(written(tmp_path / "again")["net.0.weight"]) == {3, 7, 11}
     assert len(_global_optimizer_post_hooks) == before
