@@ -92,10 +92,11 @@ def test_every_file_imports_from_its_own_floor_or_from_one_below() -> None:
     [
         (
             "lit_bnfold",
-            "fold_batchnorm plan_folding load_folded BatchNormFolding NamesDataModule BatchNormMLP FoldingError",
+            "fold_batchnorm plan_folding load_folded BatchNormFolding HistogramMonitor UpdateRatioMonitor "
+            "NamesDataModule BatchNormMLP FoldingError",
         ),
         ("lit_bnfold.folding", "fold_batchnorm plan_folding FoldingPlan Fold Kept FoldingError"),
-        ("lit_bnfold.callbacks", "BatchNormFolding"),
+        ("lit_bnfold.callbacks", "BatchNormFolding HistogramMonitor UpdateRatioMonitor"),
         ("lit_bnfold.names", "NamesDataModule BatchNormMLP"),
         ("lit_bnfold.metrics", "OutputError"),
         ("lit_bnfold.cli", "main"),

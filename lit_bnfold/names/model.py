@@ -133,6 +133,7 @@ class BatchNormMLP(FoldedLoading, LightningModule):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
             self.log("train/loss", loss)
+            self.log("train/log10_loss", loss.detach().log10())
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
