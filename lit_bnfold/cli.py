@@ -20,8 +20,10 @@ from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCh
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_bnfold.callbacks import BatchNormFolding
+from lit_bnfold.callbacks import BatchNormFolding, HistogramMonitor, UpdateRatioMonitor
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
+from lit_bnfold.callbacks.monitor import skip_idle_hooks
+from lit_bnfold.callbacks.speed import SpeedMonitor
 from lit_bnfold.fold_command import SUMMARY, find_last_checkpoint, fold
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
@@ -33,11 +35,19 @@ from lit_bnfold.parser import OneSentenceParser, read_config
 # Drawing the bar costs as much as a training step of the small network.
 _BAR_REFRESH_STEPS = 200
 
-_TRAINER_DEFAULTS = {"max_steps": 200_000, "val_check_interval": 5_000, "check_val_every_n_epoch": None}
+# As many steps are written as TensorBoard draws of a curve; all monitors together cost some 3 percent of the training.
+_TRAINER_DEFAULTS = {
+    "max_steps": 200_000,
+    "val_check_interval": 5_000,
+    "check_val_every_n_epoch": None,
+    "log_every_n_steps": 200,
+}
+_UPDATE_RATIO_STEPS = 1_000
 
+_MONITORS = (LearningRateMonitor, UpdateRatioMonitor, HistogramMonitor, SpeedMonitor)
 
 # They would look for a training's directory, and tell that it is another one.
-_TRAINING_CALLBACKS = (Checkpoint, LearningRateMonitor)
+_TRAINING_CALLBACKS = (Checkpoint, *_MONITORS)
 
 
 class _ListingParser(OneSentenceParser):
@@ -77,12 +87,16 @@ class NamesCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(LearningRateMonitor, "learning_rate")
+        parser.add_lightning_class_args(SpeedMonitor, "speed")
+        parser.add_lightning_class_args(UpdateRatioMonitor, "update_ratio")
+        parser.add_lightning_class_args(HistogramMonitor, "histograms")
         parser.add_class_arguments(Sampling, "names")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",
                 "checkpoint.filename": "best",
                 "checkpoint.enable_version_counter": False,
+                "update_ratio.every_n_steps": _UPDATE_RATIO_STEPS,
             }
         )
         parser.link_arguments("data.block_size", "model.block_size")
@@ -143,10 +157,14 @@ class NamesCLI(LightningCLI):
             # There would be nothing in its directory.
             kwargs["logger"] = False
         trainer = super().instantiate_trainer(**kwargs)
-        unwanted: tuple[type[Callback], ...] = () if trainer.loggers else (LearningRateMonitor,)
+        is_written = trainer.loggers and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        unwanted: tuple[type[Callback], ...] = () if is_written else _MONITORS
         if self.subcommand != "fit":
             unwanted = _TRAINING_CALLBACKS
-        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, unwanted)]  # type: ignore[attr-defined]
+        callbacks = [each for each in trainer.callbacks if not isinstance(each, unwanted)]  # type: ignore[attr-defined]
+        for callback in callbacks:
+            skip_idle_hooks(callback)
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
         return trainer
 
 

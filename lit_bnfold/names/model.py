@@ -132,7 +132,7 @@ class BatchNormMLP(FoldedLoading, LightningModule):
         # A call of `log` costs about half a step, also on the steps of which nothing is written.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
-            self.log("train/loss", loss)
+            self.log("train/loss", loss, prog_bar=True)
             self.log("train/log10_loss", loss.detach().log10())
         return loss
 
