@@ -235,7 +235,7 @@ class BatchNormFolding(Callback):
                 rank_zero_info("There is nothing to validate on: the folded module is proven on one example alone.")
                 self._run_example(trainer, pl_module, original)
         plan = original.plan()
-        folded = LayerWitness(pl_module, plan)
+        folded = LayerWitness(pl_module, plan, self.tolerance)
         with folded_in_place(plan, pl_module):
             with folded, first_call(pl_module) as calls:
                 after = validate([folded])
@@ -245,7 +245,9 @@ class BatchNormFolding(Callback):
             outputs = output_error(plan, original, folded)
             tolerance = self.tolerance or _default_tolerance(trainer, pl_module)
             runs = (before, after)
-            self.report = make_report(plan, layer_errors, runs, outputs, weights, tolerance, folded.stray, reestimated)
+            self.report = make_report(
+                plan, layer_errors, runs, outputs, weights, tolerance, folded.stray, folded.objection(), reestimated
+            )
             if self.report["mismatch"] is None:
                 self._write(trainer, pl_module, plan, directory, calls)
         self.plan = plan

@@ -18,15 +18,20 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_bnfold.folding import Fold, FoldingPlan, LayerKind, Part
-from lit_bnfold.folding.kinds import KINDS
-from lit_bnfold.folding.moved import Function, moves, with_its_numbers
+from lit_bnfold.folding import Fold, FoldingPlan
+from lit_bnfold.folding.exact import exact_numbers
+from lit_bnfold.folding.kinds import KINDS, LayerKind
+from lit_bnfold.folding.moved import Function, moves, own_numbers, with_numbers
 from lit_bnfold.folding.record import Recorder, tensors_in
 from lit_bnfold.folding.search import make_plan
 from lit_bnfold.metrics import OutputError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+# In float64 nothing is rounded that could matter: what is left is some ten digits better than this.
+_EXACT_TOLERANCE = 1e-6
 
 
 class OutermostCall(NamedTuple):
@@ -124,27 +129,36 @@ class GraphWitness(Witness):
 class LayerWitness(Witness):
     """Compares each folded layer with the BatchNorms applied after the unfolded layer, on the same inputs.
 
+    It does so in the module's own arithmetic, where all that can be asked for is agreement within its roundings. So it
+    looks at two things more, for some examples of each batch that it watches: whether the fold is right when nothing is
+    rounded, in float64, and whether the numbers of the layer are those of that fold, rounded once. Together they find
+    an error of a thousandth in bfloat16 too, if only it is larger than a rounding of the weights.
+
     On the batches behind the first it counts calls: the plan is for modules that are called as on the first one.
 
     Args:
         pl_module: The module before it is folded.
         plan: The plan by which it is going to be folded.
+        tolerance: The largest error that counts as agreement in these two, in units of the largest number. None allows
+            for roundings alone.
 
     Attributes:
         errors: The error of each layer that takes part in a fold, by name.
+        exact_errors: The same in float64.
         stray: A sentence about the first batch that took another path; None if none did.
     """
 
-    def __init__(self, pl_module: LightningModule, plan: FoldingPlan) -> None:
+    def __init__(self, pl_module: LightningModule, plan: FoldingPlan, tolerance: float | None = None) -> None:
         super().__init__(pl_module)
         modules = dict(pl_module.named_modules())
         self._moves = moves(plan, modules, KINDS)
-        self._as_before = {
-            part.layer: with_its_numbers(modules[part.layer], _kind(modules[part.layer], part))
-            for fold in plan.folds
-            for part in fold.parts
-        }
+        self._exact = exact_numbers(plan, modules, KINDS)
+        self._before = {name: own_numbers(modules[name], exact.kind) for name, exact in self._exact.items()}
+        self._tolerance = tolerance
         self.errors = {name: OutputError() for name in self._moves}
+        self.exact_errors = {name: OutputError() for name in self._moves}
+        self._wrong_numbers: dict[str, str] = {}
+        self._checked: set[str] = set()
         self._recorder: Recorder | None = None
         self.stray: str | None = None
         self._plan = plan
@@ -183,6 +197,7 @@ class LayerWitness(Witness):
     def watch(self) -> None:
         """Begin to watch whatever the module does next in this thread."""
         self._recorder = self._recorder or Recorder(self.pl_module, plans=False, instead=self._compared)
+        self._checked.clear()
         super().watch()
         self._watching.enter_context(self._recorder)
 
@@ -190,14 +205,44 @@ class LayerWitness(Witness):
         """The function of a layer, whose output is compared with that of the unfolded layer and its BatchNorms."""
         if name not in self._moves:
             return function
-        expected = self._moves[name](self._as_before[name](function))
+        before = with_numbers(self._exact[name].kind, self._before[name])
+        expected = self._moves[name](before(function))
 
         def run(*args: Any, **kwargs: Any) -> Tensor:
             output = function(*args, **kwargs)
             self.errors[name].to(output.device).update(output, expected(*args, **kwargs))
+            if name not in self._checked:
+                self._checked.add(name)
+                self._check(name, function, args, kwargs)
             return output
 
         return run
+
+    def _check(self, name: str, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check the numbers that a folded layer was called with, and in float64 what they were rounded from."""
+        exact = self._exact[name]
+        given = dict(zip(exact.kind.arguments, args, strict=False)) | kwargs
+        objection = exact.objection_to(given, self._tolerance or 0.0)
+        if objection is not None:
+            self._wrong_numbers.setdefault(name, objection)
+        few = with_numbers(exact.kind, {"input": _some_examples(given["input"], exact.kind)})
+        before, after = (
+            with_numbers(exact.kind, numbers)(_in_float64(function))
+            for numbers in (self._before[name], exact.unrounded())
+        )
+        with torch.no_grad():
+            output, expected = (few(layer)(*args, **kwargs) for layer in (after, self._moves[name](before)))
+        self.exact_errors[name].to(output.device).update(output, expected)
+
+    def objection(self) -> str | None:
+        """What is wrong with a fold that roundings do not explain, in a sentence; None if nothing is."""
+        for name, wrong in self._wrong_numbers.items():
+            return f"the folded layer `{name}` {wrong}"
+        for name, error in self.exact_errors.items():
+            off = float(error.compute()["max_rel"]) if error.update_called else 0.0
+            if not off <= max(_EXACT_TOLERANCE, self._tolerance or 0.0):
+                return f"in float64 the folded layer `{name}` is off by {off:.2e} of its largest value"
+        return None
 
     def error_of(self, fold: Fold) -> dict[str, float]:
         """The largest error of the layers of a fold, infinite if one of them was not called."""
@@ -207,10 +252,26 @@ class LayerWitness(Witness):
         return {key: max(float(error[key]) for error in errors) for key in ("max_abs", "max_rel")}
 
 
-def _kind(layer: nn.Module, part: Part) -> LayerKind:
-    kind = KINDS.layer(layer, part.function)
-    assert kind is not None
-    return kind
+def _in_float64(function: Function) -> Function:
+    """The function of a layer, computed in float64 whatever it is given."""
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        device = next(iter(tensors_in((args, kwargs)))).device.type
+        with torch.autocast(device, enabled=False):
+            return function(*map(_widened, args), **{key: _widened(value) for key, value in kwargs.items()})
+
+    return run
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _some_examples(input: Tensor, kind: LayerKind) -> Tensor:
+    """The first examples of a layer's input, widened: some tens of rows, or two images, for float64 is slow."""
+    without_examples = max(0, -kind.channel_axis)
+    few = input[: 64 if input.dim() == 2 else 2] if input.dim() > without_examples else input
+    return _widened(few)
 
 
 @contextmanager

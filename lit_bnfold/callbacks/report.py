@@ -33,6 +33,7 @@ def make_report(
     weights: str,
     tolerance: float,
     stray: str | None = None,
+    objection: str | None = None,
     reestimated: Mapping[str, Any] | None = None,
 ) -> Report:
     """Put together what a folding did and what its proof measured.
@@ -45,6 +46,7 @@ def make_report(
         weights: Which weights were folded, in words.
         tolerance: The largest relative error that counts as agreement.
         stray: A sentence about a batch that took another path than the one the plan was made for, if there was one.
+        objection: A sentence about what is wrong with a fold beside these errors, if there is something.
         reestimated: What was re-estimated before all that, with the metrics ``before``; None if nothing was.
 
     Returns:
@@ -81,7 +83,7 @@ def make_report(
             "python": platform.python_version(),
         },
     }
-    report["mismatch"] = stray or _mismatch(report, [run.batches for run in runs if run])
+    report["mismatch"] = stray or _mismatch(report, [run.batches for run in runs if run]) or objection
     original, folded = report["validation"]["original"], report["validation"]["folded"]
     report["moved"] = [key for key in original if _has_moved(original[key], folded.get(key, math.nan), tolerance)]
     return report
