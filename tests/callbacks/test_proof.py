@@ -310,7 +310,9 @@ def test_roundings_are_no_objection(dtype: torch.dtype, randomised: Randomised) 
     assert objection(*in_dtype(randomised, dtype), lambda: None) is None
 
 
-@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 1.000001), (torch.float16, 1.002), (torch.bfloat16, 1.01)])
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(torch.float32, 1.000001), (torch.float16, 1.002), (torch.bfloat16, 1.01)]
+)
 def test_numbers_that_are_not_those_of_the_fold_are_an_objection(
     dtype: torch.dtype, factor: float, randomised: Randomised
 ) -> None:

@@ -1,4 +1,4 @@
-"""What folds lead to in float64: against torch's own arithmetic, and what of the numbers of a layer roundings explain."""
+"""What folds lead to in float64: against what torch fuses, and which numbers of a layer roundings explain."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def given(layer: nn.Module) -> dict[str, Any]:
 def test_a_fold_is_off_by_one_rounding_at_most(dtype: torch.dtype, randomised: Randomised) -> None:
     exact, modules = folded(randomised, dtype)
     assert exact.keys() == LAYERS
-    assert {name: numbers.objection_to(given(modules[name])) for name, numbers in exact.items()} == dict.fromkeys(LAYERS)
+    assert {name: numbers.objection_to(given(modules[name])) for name, numbers in exact.items()} == dict.fromkeys(
+        LAYERS
+    )
 
 
 @pytest.mark.parametrize("layer", sorted(LAYERS))
