@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from lit_bnfold.folding import FoldingError, FoldingPlan
@@ -51,7 +51,7 @@ class FoldedLoading:
         """
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         if MANIFEST in checkpoint:
-            assert isinstance(self, LightningModule)
+            assert isinstance(self, nn.Module)
             _take_structure(self, checkpoint)
 
 
@@ -116,7 +116,8 @@ def whole_file(path: Path, trainer: Trainer) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     own_io = trainer.strategy.checkpoint_io
     try:
-        if isinstance(own_io, AsyncCheckpointIO):
+        # By name, for the other import name of Lightning has a class of its own.
+        if "AsyncCheckpointIO" in {base.__name__ for base in type(own_io).__mro__}:
             # What is written later cannot be renamed now.
             trainer.strategy.checkpoint_io = TorchCheckpointIO()
         yield part
@@ -148,7 +149,7 @@ def _manifest_in_checkpoint(pl_module: LightningModule, plan: FoldingPlan) -> It
             pl_module.on_save_checkpoint = shadowed  # type: ignore[method-assign]
 
 
-def _take_structure(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+def _take_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     if _is_being_fitted(module):
         raise FoldingError(
             "Training cannot go on from a folded checkpoint: its BatchNorms are gone. Go on from the checkpoint that "
@@ -160,7 +161,7 @@ def _take_structure(module: LightningModule, checkpoint: dict[str, Any]) -> None
         fold_structure(plan, module)
 
 
-def _is_being_fitted(module: LightningModule) -> bool:
+def _is_being_fitted(module: Any) -> bool:
     # A module without a Trainer raises when it is asked for it.
     with suppress(RuntimeError):
         return bool(module.trainer.state.fn == "fit")

@@ -149,18 +149,22 @@ class BatchNormFolding(Callback):
         """
         directory = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         with self._chosen_weights(trainer, pl_module) as weights, self._as_in_the_first_process(trainer, pl_module):
-            self._fold(trainer, pl_module, partial(run_validation, trainer, pl_module), directory, weights)
+            best = None if weights == "last" else _best_score(trainer)
+            self._fold(trainer, pl_module, partial(run_validation, trainer, pl_module), directory, weights, best)
         self._log(trainer)
         self._tell_failed_exports()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to fold what an interrupted training has left."""
-        paths = [getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks]
-        path = next(filter(None, paths), None)
-        if self.plan is None and path is not None:
-            rank_zero_info(
-                f"Nothing was folded. To fold the last checkpoint: lit-bnfold fold --ckpt_path {shlex.quote(path)}\n"
-                f"With a module of your own: BatchNormFolding().fold_checkpoint(trainer, module, {path!r})"
+        if self.plan is None:
+            rank_zero_info(f"Nothing was folded. {_how_to_fold(trainer)}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say why nothing was folded, if training ended before it began: then there is no end of training either."""
+        if self.plan is None:
+            rank_zero_warn(
+                "BatchNormFolding folded nothing: there was no step left to train, as with `max_epochs=0`, "
+                f"`limit_train_batches=0` or a finished training that is resumed. {_how_to_fold(trainer)}"
             )
 
     def fold_checkpoint(
@@ -204,10 +208,16 @@ class BatchNormFolding(Callback):
         self._tell_failed_exports()
 
     def _fold(
-        self, trainer: Trainer, pl_module: LightningModule, validate: _Validate, directory: Path, weights: str
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        validate: _Validate,
+        directory: Path,
+        weights: str,
+        best: tuple[str, float] | None = None,
     ) -> None:
         if self.reestimate_batches == 0:
-            self._fold_as_it_is(trainer, pl_module, validate, directory, weights)
+            self._fold_as_it_is(trainer, pl_module, validate, directory, weights, best)
             return
         reestimation = Reestimation(pl_module, self.reestimate_batches)
         before = validate([reestimation])
@@ -216,7 +226,7 @@ class BatchNormFolding(Callback):
             reestimation.measure(trainer, pl_module)
         with reestimation.applied(pl_module, keep=lambda: self.folded_module is pl_module):
             reestimated = reestimation.to_dict() | {"before": before.metrics if before else {}}
-            self._fold_as_it_is(trainer, pl_module, validate, directory, weights, reestimated)
+            self._fold_as_it_is(trainer, pl_module, validate, directory, weights, best, reestimated)
 
     def _fold_as_it_is(
         self,
@@ -225,6 +235,7 @@ class BatchNormFolding(Callback):
         validate: _Validate,
         directory: Path,
         weights: str,
+        best: tuple[str, float] | None,
         reestimated: dict[str, Any] | None = None,
     ) -> None:
         """The order of events: validate and watch, plan, fold, validate again, compare, write."""
@@ -246,7 +257,15 @@ class BatchNormFolding(Callback):
             tolerance = self.tolerance or _default_tolerance(trainer, pl_module)
             runs = (before, after)
             self.report = make_report(
-                plan, layer_errors, runs, outputs, weights, tolerance, folded.stray, folded.objection(), reestimated
+                plan,
+                layer_errors,
+                runs,
+                outputs,
+                weights,
+                tolerance,
+                objection=folded.stray or folded.objection(),
+                reestimated=reestimated,
+                best=best,
             )
             if self.report["mismatch"] is None:
                 self._write(trainer, pl_module, plan, directory, calls)
@@ -322,6 +341,13 @@ class BatchNormFolding(Callback):
             rank_zero_warn(
                 f"Folding moved {moved} by more than rounding explains; look at the report before you use it."
             )
+        score = self.report["best_score"]
+        if score is not None and not score["agrees"]:
+            rank_zero_warn(
+                f"The best weights validate with a {score['monitor']} of {score['validated']:.6g}; the checkpoint "
+                f"callback noted {score['noted']:.6g} for them. Unless this validation draws random numbers or reads "
+                "other data each time, the checkpoint does not hold the weights that were validated."
+            )
         if trainer.is_global_zero:
             print_report(self.report)
         if self.report["mismatch"] is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -389,6 +415,18 @@ class BatchNormFolding(Callback):
         self.report = state_dict or None
 
 
+def _how_to_fold(trainer: Trainer) -> str:
+    """Say how to fold the last checkpoint, if there is one."""
+    paths = [getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks]
+    path = next(filter(None, [*paths, trainer.ckpt_path]), None)
+    if path is None:
+        return "There is no checkpoint to fold either."
+    return (
+        f"To fold the last checkpoint: lit-bnfold fold --ckpt_path {shlex.quote(str(path))}\n"
+        f"With a module of your own: BatchNormFolding().fold_checkpoint(trainer, module, {str(path)!r})"
+    )
+
+
 def _copy_numbers(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in target.items():
@@ -405,6 +443,13 @@ def _copy(pl_module: LightningModule) -> LightningModule | None:
         return None
     finally:
         pl_module.trainer = trainer
+
+
+def _best_score(trainer: Trainer) -> tuple[str, float] | None:
+    """What the checkpoint callback monitors and its best value; None if it monitors nothing."""
+    saved = trainer.checkpoint_callback
+    monitor, score = getattr(saved, "monitor", None), getattr(saved, "best_model_score", None)
+    return None if monitor is None or score is None else (monitor, float(score))
 
 
 def _default_tolerance(trainer: Trainer, pl_module: LightningModule) -> float:
