@@ -245,7 +245,7 @@ class BatchNormFolding(Callback):
             if no_batch:
                 rank_zero_info("There is nothing to validate on: the folded module is proven on one example alone.")
                 self._run_example(trainer, pl_module, original)
-        plan = original.plan()
+        plan = _in_all_processes(trainer, original.plan(), pl_module)
         folded = LayerWitness(pl_module, plan, self.tolerance)
         with folded_in_place(plan, pl_module):
             with folded, first_call(pl_module) as calls:
@@ -267,6 +267,7 @@ class BatchNormFolding(Callback):
                 reestimated=reestimated,
                 best=best,
             )
+            self.report["mismatch"] = _in_any_process(trainer, self.report["mismatch"])
             if self.report["mismatch"] is None:
                 self._write(trainer, pl_module, plan, directory, calls)
         self.plan = plan
@@ -443,6 +444,21 @@ def _copy(pl_module: LightningModule) -> LightningModule | None:
         return None
     finally:
         pl_module.trainer = trainer
+
+
+def _in_all_processes(trainer: Trainer, plan: FoldingPlan, pl_module: LightningModule) -> FoldingPlan:
+    """The plan of the first process, if the others have seen nothing on their data that speaks against it."""
+    plans = [trainer.strategy.broadcast(plan, src=rank) for rank in range(trainer.world_size)]
+    if all(other.folds == plans[0].folds for other in plans):
+        return plans[0]
+    order = [name for name, module in pl_module.named_modules() if KINDS.batchnorm(module)]
+    return plans[0].keeping_all("other-call", "the processes of this fit take different paths through the model", order)
+
+
+def _in_any_process(trainer: Trainer, mismatch: str | None) -> str | None:
+    """What the first process says that has something to say, so that all of them write or none does."""
+    said = (trainer.strategy.broadcast(mismatch, src=rank) for rank in range(trainer.world_size))
+    return next((sentence for sentence in said if sentence is not None), None)
 
 
 def _best_score(trainer: Trainer) -> tuple[str, float] | None:

@@ -7,6 +7,7 @@ the module does with its networks whatever its own ``validation_step`` does.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -155,8 +156,8 @@ class LayerWitness(Witness):
         self._exact = exact_numbers(plan, modules, KINDS)
         self._before = {name: own_numbers(modules[name], exact.kind) for name, exact in self._exact.items()}
         self._tolerance = tolerance
-        self.errors = {name: OutputError() for name in self._moves}
-        self.exact_errors = {name: OutputError() for name in self._moves}
+        self.errors = {name: OutputError().to(_device(pl_module)) for name in self._moves}
+        self.exact_errors = {name: OutputError().to(_device(pl_module)) for name in self._moves}
         self._wrong_numbers: dict[str, str] = {}
         self._checked: set[str] = set()
         self._recorder: Recorder | None = None
@@ -210,7 +211,7 @@ class LayerWitness(Witness):
 
         def run(*args: Any, **kwargs: Any) -> Tensor:
             output = function(*args, **kwargs)
-            self.errors[name].to(output.device).update(output, expected(*args, **kwargs))
+            self.errors[name].update(output, expected(*args, **kwargs))
             if name not in self._checked:
                 self._checked.add(name)
                 self._check(name, function, args, kwargs)
@@ -232,24 +233,47 @@ class LayerWitness(Witness):
         )
         with torch.no_grad():
             output, expected = (few(layer)(*args, **kwargs) for layer in (after, self._moves[name](before)))
-        self.exact_errors[name].to(output.device).update(output, expected)
+        self.exact_errors[name].update(output, expected)
 
     def objection(self) -> str | None:
-        """What is wrong with a fold that roundings do not explain, in a sentence; None if nothing is."""
+        """What is wrong with a fold that roundings do not explain, in a sentence; None if nothing is.
+
+        To be called on all ranks: it takes the largest errors of all of them.
+        """
+        off = {name: _computed(error)["max_rel"] for name, error in self.exact_errors.items()}
         for name, wrong in self._wrong_numbers.items():
             return f"the folded layer `{name}` {wrong}"
-        for name, error in self.exact_errors.items():
-            off = float(error.compute()["max_rel"]) if error.update_called else 0.0
-            if not off <= max(_EXACT_TOLERANCE, self._tolerance or 0.0):
-                return f"in float64 the folded layer `{name}` is off by {off:.2e} of its largest value"
+        for name, error in off.items():
+            if not error <= max(_EXACT_TOLERANCE, self._tolerance or 0.0):
+                return f"in float64 the folded layer `{name}` is off by {error:.2e} of its largest value"
         return None
 
     def error_of(self, fold: Fold) -> dict[str, float]:
-        """The largest error of the layers of a fold, infinite if one of them was not called."""
-        if not all(self.errors[layer].update_called for layer in fold.layers):
+        """The largest error of the layers of a fold, infinite if one of them was called on no rank."""
+        errors = [_computed(self.errors[layer]) for layer in fold.layers]
+        if not all(_on_any_rank(self.errors[layer].update_called, self.pl_module) for layer in fold.layers):
             return {"max_abs": math.inf, "max_rel": math.inf}
-        errors = [self.errors[layer].compute() for layer in fold.layers]
-        return {key: max(float(error[key]) for error in errors) for key in ("max_abs", "max_rel")}
+        return {key: max(error[key] for error in errors) for key in ("max_abs", "max_rel")}
+
+
+def _computed(error: OutputError) -> dict[str, float]:
+    """What was measured on all ranks; of those that measured nothing it counts as no error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The ``compute`` method of metric OutputError was called before")
+        return {key: float(value) for key, value in error.compute().items()}
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module is, and its ranks meet."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def _on_any_rank(flag: bool, module: nn.Module) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    flags = torch.tensor([float(flag)], device=_device(module))
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 def _in_float64(function: Function) -> Function:
@@ -311,20 +335,32 @@ def output_error(plan: FoldingPlan, original: Witness, folded: Witness) -> dict[
         ``max_abs``, and ``max_rel`` in units of the largest output, both infinite if the outputs are not of the same
         shapes; None if there was nothing to compare, or if the two did not watch the same batches.
     """
+    # Every rank takes part in each of these questions, whatever its own answer is.
+    module, pairs = original.pl_module, _pairs_of_outputs(plan, original, folded)
+    if _on_any_rank(pairs is None, module):
+        return None
+    pairs = pairs or []
+    if _on_any_rank(any(a is None or b is None or a.shape != b.shape for a, b in pairs), module):
+        return {"max_abs": math.inf, "max_rel": math.inf}
+    error = OutputError().to(_device(module))
+    numbers = [(a, b) for a, b in pairs if a.is_floating_point() or a.is_complex()]
+    for expected, output in numbers:
+        error.update(output, expected)
+    computed = _computed(error)
+    return computed if _on_any_rank(bool(numbers), module) else None
+
+
+def _pairs_of_outputs(plan: FoldingPlan, original: Witness, folded: Witness) -> list[tuple[Any, Any]] | None:
+    """The tensors of both versions' outputs; None if the two did not watch the same batches and calls."""
     if not _same(original.batches, folded.batches) or len(original.calls) != len(folded.calls):
         return None
-    error, compared = OutputError(), False
     names = {module: name for name, module in original.pl_module.named_modules()}
-    for before, after in zip(original.calls, folded.calls, strict=True):
-        if _holds_folds(names[before.module], plan):
-            pairs = list(zip_longest(tensors_in(before.output), tensors_in(after.output)))
-            if any(a is None or b is None or a.shape != b.shape for a, b in pairs):
-                return {"max_abs": math.inf, "max_rel": math.inf}
-            for expected, output in pairs:
-                if expected.is_floating_point() or expected.is_complex():
-                    error.to(output.device).update(output, expected)
-                    compared = True
-    return {key: float(value) for key, value in error.compute().items()} if compared else None
+    return [
+        pair
+        for before, after in zip(original.calls, folded.calls, strict=True)
+        if _holds_folds(names[before.module], plan)
+        for pair in zip_longest(tensors_in(before.output), tensors_in(after.output))
+    ]
 
 
 def _same(first: Any, second: Any) -> bool:
