@@ -263,7 +263,7 @@ class BatchNormFolding(Callback):
                 outputs,
                 weights,
                 tolerance,
-                objection=folded.stray or folded.objection(),
+                objection=folded.objection(),
                 reestimated=reestimated,
                 best=best,
             )

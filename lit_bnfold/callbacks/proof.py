@@ -236,11 +236,15 @@ class LayerWitness(Witness):
         self.exact_errors[name].update(output, expected)
 
     def objection(self) -> str | None:
-        """What is wrong with a fold that roundings do not explain, in a sentence; None if nothing is.
+        """What is wrong beside the errors, in a sentence; None if nothing is.
+
+        It is a batch that took another path, or something about a fold that roundings do not explain.
 
         To be called on all ranks: it takes the largest errors of all of them.
         """
         off = {name: _computed(error)["max_rel"] for name, error in self.exact_errors.items()}
+        if self.stray is not None:
+            return self.stray
         for name, wrong in self._wrong_numbers.items():
             return f"the folded layer `{name}` {wrong}"
         for name, error in off.items():
