@@ -6,6 +6,7 @@ the module does with its networks whatever its own ``validation_step`` does.
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections import Counter
@@ -118,6 +119,7 @@ class GraphWitness(Witness):
         """Begin to watch whatever the module does next in this thread."""
         # Made late, when the weights are loaded, and before other hooks are there that it would take for the module's.
         self._recorder = self._recorder or Recorder(self.pl_module)
+        self._watching.enter_context(_old_objects_set_aside())
         super().watch()
         self._watching.enter_context(self._recorder)
 
@@ -223,16 +225,18 @@ class LayerWitness(Witness):
         """Check the numbers that a folded layer was called with, and in float64 what they were rounded from."""
         exact = self._exact[name]
         given = dict(zip(exact.kind.arguments, args, strict=False)) | kwargs
-        objection = exact.objection_to(given, self._tolerance or 0.0)
+        wide = _in_float64(function)
+        few = with_numbers(exact.kind, {"input": _some_examples(given["input"], exact.kind)})
+        unrounded = exact.unrounded()
+        objection = exact.objection_to(given, unrounded, self._tolerance or 0.0)
         if objection is not None:
             self._wrong_numbers.setdefault(name, objection)
-        few = with_numbers(exact.kind, {"input": _some_examples(given["input"], exact.kind)})
-        before, after = (
-            with_numbers(exact.kind, numbers)(_in_float64(function))
-            for numbers in (self._before[name], exact.unrounded())
-        )
         with torch.no_grad():
-            output, expected = (few(layer)(*args, **kwargs) for layer in (after, self._moves[name](before)))
+            output = few(with_numbers(exact.kind, unrounded)(wide))(*args, **kwargs)
+            # Not both at once: in float64, the numbers of a layer are large.
+            unrounded.clear()
+            before = with_numbers(exact.kind, self._before[name])
+            expected = few(self._moves[name](before(wide)))(*args, **kwargs)
         self.exact_errors[name].update(output, expected)
 
     def objection(self) -> str | None:
@@ -300,6 +304,22 @@ def _some_examples(input: Tensor, kind: LayerKind) -> Tensor:
     without_examples = max(0, -kind.channel_axis)
     few = input[: 64 if input.dim() == 2 else 2] if input.dim() > without_examples else input
     return _widened(few)
+
+
+@contextmanager
+def _old_objects_set_aside() -> Iterator[None]:
+    """Let the garbage collector, which the recorder asks what outlives a batch, look at what is made in here alone.
+
+    To look at everything that a process has loaded takes longer than many a validation.
+    """
+    if gc.get_freeze_count() > 0:  # Somebody else has set objects aside, and wants to keep them there.
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -136,11 +136,11 @@ class Census:
         for module in modules:
             by_device[next(iter(self.owned[module].values())).device].append(module)
         for together in by_device.values():
-            columns = [_in_columns(_numbers(self.batchnorm_kinds[module], module)) for module in together]
-            numbers = torch.cat(columns, 1)  # (5, channels of all)
-            is_sound = numbers.isfinite().all(0) & (numbers[1] >= 0)
-            of_channels = torch.where(is_sound, rounding_gain(*numbers), math.nan)
-            of_modules = [gain.max() for gain in of_channels.split([column.shape[1] for column in columns])]
+            numbers = [_filled(_numbers(self.batchnorm_kinds[module], module)) for module in together]
+            columns = torch.stack([torch.cat(several).detach().double() for several in zip(*numbers, strict=True)])
+            is_sound = columns.isfinite().all(0) & (columns[1] >= 0)  # of (5, channels of all)
+            of_channels = torch.where(is_sound, rounding_gain(*columns), math.nan)
+            of_modules = [gain.max() for gain in of_channels.split([len(mean) for mean, *_ in numbers])]
             gains.update(zip(together, torch.stack(of_modules).tolist(), strict=True))
         return gains
 
@@ -227,12 +227,12 @@ def _numbers_obstacle(gain: float) -> Obstacle | None:
     return None
 
 
-def _in_columns(numbers: Normalisation) -> Tensor:
-    """The numbers of a BatchNorm with C channels as float64, (5, C)."""
+def _filled(numbers: Normalisation) -> tuple[Tensor, ...]:
+    """The numbers of a BatchNorm with C channels, each (C,)."""
     mean, var, weight, bias, eps = numbers
     weight = torch.ones_like(mean) if weight is None else weight
     bias = torch.zeros_like(mean) if bias is None else bias
-    return torch.stack([tensor.detach().double() for tensor in (mean, var, weight, bias, torch.full_like(mean, eps))])
+    return mean, var, weight, bias, torch.full_like(mean, eps, dtype=torch.float64)
 
 
 def _is_hooked(module: nn.Module) -> bool:

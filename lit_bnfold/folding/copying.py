@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lit_bnfold.folding.graph import FoldingError
+from lit_bnfold.folding.kinds import own_tensors
 from lit_bnfold.folding.record import WITHOUT_TENSORS, tensors_in
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -32,8 +33,9 @@ def twin_of(model: _Model) -> _Model:
     Raises:
         FoldingError: If it cannot be copied.
     """
+    tensors = (tensor for module in model.modules() for tensor in own_tensors(module).values())
     # Stand-ins, so that code which holds on to the model's own tensors, as a closure does, can be told apart.
-    return copy_model(model, {id(tensor): stand_in(tensor) for tensor in (*model.parameters(), *model.buffers())})
+    return copy_model(model, {id(tensor): stand_in(tensor) for tensor in tensors})
 
 
 def stand_in(tensor: Tensor) -> Tensor:
@@ -57,42 +59,54 @@ def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
     Raises:
         FoldingError: If it cannot be copied.
     """
-    modules = list(model.modules())
+    modules, memo = list(_inside_first(model, set())), memo or {}
+    passed_on = {id(other) for other in memo.values()}
     held = [value for module in modules for value in vars(module).values() if not _is_bare(value)]
-    known = {id(tensor): tensor.detach().clone() for tensor in tensors_in(held) if not tensor.is_leaf} | (memo or {})
-    passed_on = {id(other) for other in (memo or {}).values()}
+    known = {id(tensor): tensor.detach().clone() for tensor in tensors_in(held) if not tensor.is_leaf} | memo
     try:
-        copied = _deepcopy(model, known)
+        copied = _deepcopy(model, modules, known)
     except Exception as error:
         raise FoldingError(f"The model cannot be copied: {error}") from error
-    originals = dict(model.named_modules())
-    for name, module in copied.named_modules():
+    originals = {} if all(map(_is_ordinary, modules)) else dict(model.named_modules())
+    for name, module in copied.named_modules() if originals else ():
         if name in originals:  # A class that copies itself in a way of its own may forget the mode.
             module.training = originals[name].training
-    parts = {id(part) for part in (*modules, *model.parameters())} - passed_on
-    if any(id(part) in parts for part in (*copied.modules(), *copied.parameters())):
+    parts = {id(part) for module in modules for part in _parts(module)} - passed_on
+    if any(id(part) in parts for module in copied.modules() for part in _parts(module)):
         raise FoldingError("The model cannot be copied: its copy holds parts of the model itself.")
     return copied
 
 
-def _deepcopy(model: _Model, memo: dict[int, Any]) -> _Model:
-    """What ``copy.deepcopy`` gives, and faster: a module holds a dozen empty containers, which need no search."""
-    usual = (module for module in _inside_first(model, set()) if _is_copied_as_usual(type(module)))  # type: ignore[arg-type]
-    ordinary = [module for module in usual if id(module) not in memo]
+def _parts(module: nn.Module) -> list[Any]:
+    """What a copy must not share with its original."""
+    return [module, *(parameter for parameter in module._parameters.values() if parameter is not None)]
+
+
+def _deepcopy(model: _Model, modules: Sequence[nn.Module], memo: dict[int, Any]) -> _Model:
+    """What ``copy.deepcopy`` gives, and faster: nearly all that a module holds needs no search."""
+    ordinary = [module for module in modules if id(module) not in memo and _is_ordinary(module)]
     for module in ordinary:
         memo[id(module)] = type(module).__new__(type(module))
     for module in ordinary:
         copied = vars(memo[id(module)])
         state = module.__getstate__() if hasattr(module, "__getstate__") else vars(module)
         for key, value in state.items():
-            kind = type(value)
-            if kind in WITHOUT_TENSORS:
-                copied[key] = value
-            elif kind in _CONTAINERS and not value and id(value) not in memo:
-                copied[key] = memo[id(value)] = kind()
-            else:
-                copied[key] = copy.deepcopy(value, memo)
+            copied[key] = _copy_of(value, memo)
     return copy.deepcopy(model, memo)
+
+
+def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
+    kind: Any = type(value)
+    if kind in WITHOUT_TENSORS:
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if not (kind is dict and all(type(key) is str for key in value)) and not (kind in _CONTAINERS and not value):
+        return copy.deepcopy(value, memo)
+    copied = memo[id(value)] = kind()
+    if value:
+        copied.update((key, _copy_of(each, memo)) for key, each in value.items())
+    return copied
 
 
 def _inside_first(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:
@@ -106,6 +120,11 @@ def _inside_first(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module
 
 def _is_bare(value: Any) -> bool:
     return type(value) in WITHOUT_TENSORS or (type(value) in _CONTAINERS and not value)
+
+
+def _is_ordinary(module: nn.Module) -> bool:
+    kind: Any = type(module)
+    return _is_copied_as_usual(kind)
 
 
 @cache

@@ -14,6 +14,9 @@ from lit_bnfold.folding.moved import own_numbers
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
 from lit_bnfold.folding.rewrite import folded_numbers, scale_of
 
+# Rows of a weight that are compared at a time.
+_ROWS = 64
+
 
 class ExactNumbers:
     """The weight and the bias that folds lead a layer to. They are computed when asked for, and not held.
@@ -43,17 +46,20 @@ class ExactNumbers:
         """Weight and bias by attribute, in float64 and rounded nowhere."""
         return self._after_steps(rounds_between=False)
 
-    def objection_to(self, given: dict[str, Any], slack: float = 0.0) -> str | None:
+    def objection_to(self, given: dict[str, Any], unrounded: dict[str, Tensor], slack: float = 0.0) -> str | None:
         """What is wrong with the numbers that a folded layer has: whatever one rounding of each does not explain.
 
         Args:
             given: Weight and bias of the folded layer, by attribute.
+            unrounded: What ``unrounded`` gave.
             slack: How far off they may be beside that, in units of the largest of them.
 
         Returns:
             The end of a sentence, None if nothing is wrong.
         """
-        for key, exact in self._after_steps(rounds_between=True).items():
+        # Where several are folded, each begins with numbers that the one before has rounded.
+        due = self._after_steps(rounds_between=True) if len(self._steps) > 1 else unrounded
+        for key, exact in due.items():
             actual = given.get(key)
             if not isinstance(actual, Tensor) or actual.shape != exact.shape:
                 return f"has no `{key}` of shape {tuple(exact.shape)}"
@@ -110,12 +116,15 @@ def _roundings(actual: Tensor, exact: Tensor, slack: float) -> float:
     NaN and infinity agree with themselves.
     """
     limits = torch.finfo(actual.dtype)
-    actual, exact = actual.double(), exact.to(actual.device)
-    # Rounding to the nearest leaves half a unit in the last place, and small numbers become zero.
-    one = (limits.eps / 2 * exact.abs()).clamp(min=limits.tiny)
-    agrees = (actual == exact) | (actual.isnan() & exact.isnan())
-    beyond = (actual - exact).abs()
-    if slack > 0.0:
-        beyond = beyond - slack * exact.abs().max()
-    roundings = (beyond / one).masked_fill(agrees, 0.0).nan_to_num(nan=torch.inf)
-    return float(roundings.max()) if roundings.numel() else 0.0
+    allowed = slack * float(exact.abs().max()) if slack > 0.0 and exact.numel() else 0.0
+    largest = 0.0
+    # Some rows at a time: there is no need for further copies of a large weight.
+    for wide, narrow in zip(exact.split(_ROWS), actual.split(_ROWS), strict=True):
+        found, expected = narrow.double(), wide.to(narrow.device)
+        # Rounding to the nearest leaves half a unit in the last place, and small numbers become zero.
+        one = (limits.eps / 2 * expected.abs()).clamp(min=limits.tiny)
+        agrees = (found == expected) | (found.isnan() & expected.isnan())
+        roundings = ((found - expected).abs() - allowed) / one
+        roundings = roundings.masked_fill(agrees, 0.0).nan_to_num(nan=torch.inf)
+        largest = max(largest, float(roundings.max()) if roundings.numel() else 0.0)
+    return largest

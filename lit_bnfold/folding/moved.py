@@ -104,7 +104,7 @@ def with_numbers(kind: LayerKind, numbers: Mapping[str, Tensor | None]) -> Calla
 
     def move(function: Function) -> Function:
         def run(*args: Any, **kwargs: Any) -> Tensor:
-            given = dict(zip(kind.arguments, args, strict=False)) | kwargs | dict(numbers)
+            given = dict(zip(kind.arguments, args, strict=False)) | kwargs | {**numbers}
             named = [given.pop(name) for name in kind.arguments[: len(args)]]
             return function(*named, *args[len(kind.arguments) :], **given)
 

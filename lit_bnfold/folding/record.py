@@ -13,12 +13,12 @@ import gc
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from types import FunctionType, TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +118,7 @@ class Recorder:
         self._evens = evens
         self._instead = instead
         self._census = Census(model, kinds)
-        self._ledger = _Ledger(self.graph)
+        self._ledger = _Ledger(self.graph, follows_memory=plans)
         self._batchnorms = self._census.batchnorm_kinds
         # Those that do not call `batch_norm` are one call each, whatever they do inside.
         self._whole = {module: kind for module, kind in self._batchnorms.items() if not kind.calls_batch_norm}
@@ -132,23 +132,23 @@ class Recorder:
             if isinstance(source, nn.Module)
         }
         self._computed: dict[tuple[nn.Module, str], int] = {}  # the latest value of each tensor that is computed
-        self._statistics = {tensor for module in self._batchnorms for tensor in own_tensors(module).values()}
+        self._statistics = {id(tensor) for module in self._batchnorms for tensor in own_tensors(module).values()}
         self._by_address: dict[int | None, list[Tensor]] = defaultdict(list)
         for tensor in self._census.tensors:
             self._by_address[address_of(tensor)].append(tensor)
         self._thread = threading.get_ident()
-        self._stack: list[tuple[int, nn.Module | None]] = [(0, None)]
-        self.looking_away = False
-        self._glancing = False
-        self._glances: set[str] = set()
+        self.running = [_Running(0, None)]
+        self.looking_away = _LookingAway()
         self._before_write: dict[Tensor, Tensor] = {}
         self._varying: set[int] = set()  # storages that hold something else than constants
         self._lent: dict[nn.Module, Tensor] = {}
         self._exit = ExitStack()
-        for tensor, name in self._census.tensors.items():
-            self._ledger.register(tensor, name)
-        for module in self._batchnorms:
-            self.graph.batchnorms[self._census.names[module]] = self._census.batchnorms[module]
+        if plans:
+            for tensor, name in self._census.tensors.items():
+                self._ledger.register(tensor, name)
+        if plans or self._whole:
+            for module in self._batchnorms:
+                self.graph.batchnorms[self._census.names[module]] = self._census.batchnorms[module]
 
     def __enter__(self) -> Recorder:
         with ExitStack() as stack:
@@ -170,27 +170,21 @@ class Recorder:
         if self._plans:
             self._ledger.settle()
 
-    @contextmanager
-    def _look_away(self) -> Iterator[None]:
-        """In here happens the recorder's own doing, or the inside of a call that is recorded as a whole."""
-        before, self.looking_away = self.looking_away, True
-        try:
-            yield
-        finally:
-            self.looking_away = before
-
     # The model's own tensors come out as they went in.
 
     def save_written(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Note what an operation is about to write, and what the model's own tensors held before."""
-        written = _written_arguments(operation, args, kwargs)
-        # Some batch norm operations write their statistics without saying so in their schema.
-        for tensor in tensors_in((args, kwargs)) if "batch_norm" in str(operation) else written:
+        known = _known_of(operation)
+        if not known.writes and not known.is_batch_norm:
+            return ()
+        written = tuple(tensors_in([_argument(args, kwargs, *place) for place in known.writes]))
+        trains = known.training is None or _argument(args, kwargs, *known.training) is not False
+        for tensor in tensors_in((args, kwargs)) if known.is_batch_norm and trains else written:
             self._save_before_write(tensor)
         return written
 
     def _save_before_write(self, tensor: Tensor) -> None:
-        with self._look_away():
+        with self.looking_away:
             for own in self._by_address.get(address_of(tensor) or -1, ()):
                 if own not in self._before_write:
                     self._before_write[own] = own.detach().clone()
@@ -238,48 +232,48 @@ class Recorder:
     def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module not in self._census.names:
             return
-        is_elsewhere = threading.get_ident() != self._thread
-        # Only what a module holds itself could be used unseen.
-        if self._census.owned[module] and (is_elsewhere or not (self.looking_away or self._is_seen())):
+        if threading.get_ident() != self._thread:
             self._note_blind_spot(module)
-        if is_elsewhere:
             return
-        self.graph.frames.append(Frame(self._census.names[module], parent=self._stack[-1][0]))
-        self._stack.append((len(self.graph.frames) - 1, module))
+        self.graph.frames.append(Frame(self._census.names[module], self.running[-1].frame))
+        self.running.append(_Running(len(self.graph.frames) - 1, module, self.looking_away.is_on))
         if self.graph.forked and not (len(args) == 1 and isinstance(args[0], Tensor) and not kwargs):
             # What it was called with, or how many of them, may come from the numbers that Python got to know.
             self.graph.forked.add(self._census.names[module])
         if module in self._census.hooked:
             self._show_to_hooks(module, args, kwargs)
-        if module in self._whole and not self.looking_away:
-            self.looking_away, self._seen_whole = True, module
+        if module in self._whole and not self.looking_away.is_on:
+            self.looking_away.is_on, self._seen_whole = True, module
 
     def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if threading.get_ident() != self._thread or module not in self._census.names:
             return None
         if module is self._seen_whole:
-            self.looking_away, self._seen_whole = False, None
+            self.looking_away.is_on, self._seen_whole = False, None
             output = self._add_whole_batchnorm(module, self._whole[module], args, output)
         if module in self._computers and isinstance(output, Tensor):
-            with self._look_away():
+            with self.looking_away:
                 self._computed[self._computers[module]] = self._ledger.value(output).index
-        self._stack.pop()
-        if len(self._stack) == 1:
-            with self._look_away():
+        # Only what a module holds itself could be used unseen.
+        if self._plans and self._census.owned[module] and not self._is_seen(self.running[-1]):
+            self._note_blind_spot(module)
+        self.running.pop()
+        if len(self.running) == 1:
+            with self.looking_away:
                 for tensor in tensors_in(output):
                     self._ledger.value(tensor).fate = "is returned by the model"
         return output if self._evens else None
 
-    def _is_seen(self) -> bool:
-        """Whether the witnesses see what happens now; inside a custom operation, for one, they do not."""
-        self._glances, self._glancing = set(), True
-        torch.empty(0)
-        self._glancing = False
-        return self._glances == {"function", "operation"}
+    def _is_seen(self, running: _Running) -> bool:
+        """Whether the witnesses see what this call of a module does; inside a custom operation they do not."""
+        if not (running.away or (running.heard_function and running.heard_operation)):
+            with self.looking_away:
+                torch.empty(0)
+        return running.away or (running.heard_function and running.heard_operation)
 
     def _note_blind_spot(self, module: nn.Module) -> None:
-        for name in (self._census.tensors[tensor] for tensor in self._census.owned[module].values()):
-            storage = self.graph.named_values[name].storage
+        for tensor in self._census.owned[module].values() if self._plans else ():
+            storage = self.graph.named_values[self._census.tensors[tensor]].storage
             self.graph.aliased.setdefault(storage, "is used where the run could not be watched")
 
     def _show_to_hooks(self, module: nn.Module, args: Any, other: Any) -> None:
@@ -290,11 +284,9 @@ class Recorder:
 
     def on_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of torch's Python interface; record it if it is a layer's, a BatchNorm's or an escape."""
-        module = self._stack[-1][1]
-        if self.looking_away:
-            return function(*args, **kwargs)
-        if self._glancing:
-            self._glances.add("function")
+        running = self.running[-1]
+        running.heard_function, module = True, running.module
+        if self.looking_away.is_on:
             return function(*args, **kwargs)
         if module is not None:
             if function is F.batch_norm and module in self._batchnorms:
@@ -327,19 +319,19 @@ class Recorder:
     ) -> LayerKind | None:
         """A module of any class is a layer if it calls a layer's function with a weight and a bias of its own."""
         kind = KIND_OF_FUNCTION.get(function)
-        weight = self._census.owned.get(module, {}).get("weight")
-        if kind is None or not isinstance(weight, nn.Parameter) or module in self._batchnorms:
+        if kind is None or module in self._batchnorms:
             return None
-        if weight.dim() != 1 - kind.channel_axis:
+        weight = self._census.owned.get(module, {}).get("weight")
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 1 - kind.channel_axis:
             return None
         given = dict(zip(kind.arguments, args, strict=False)) | kwargs
         return kind if given.get("weight") is weight else None
 
     def _note_batch_norm_inside(self) -> None:
         """What is left of a BatchNorm that does more leaves out every `batch_norm`, also that of its parts."""
-        for _, module in self._stack:
-            if module in self._batchnorms:
-                name = self._census.names[module]
+        for running in self.running:
+            if running.module in self._batchnorms and self._plans:
+                name = self._census.names[running.module]
                 facts = self.graph.batchnorms[name]
                 self.graph.batchnorms[name] = _add_obstacle(facts, "own-forward", "a part of it calls `batch_norm` too")
 
@@ -348,23 +340,30 @@ class Recorder:
     ) -> Any:
         """Below, this is a view like any other, or a copy and a view; what was asked for is known only here."""
         tensor = args[0]
-        with self._look_away():
+        with self.looking_away:
             output = function(*args, **kwargs)
         if output is not tensor:
             self._add_call("operation", "reshape", (tensor,), asked, output)
         return output
 
     def _run_batchnorm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        name = self._census.names[module]
-        given, facts = dict(zip(NORMALISING.arguments, args, strict=False)) | kwargs, self.graph.batchnorms[name]
+        name, given = self._census.names[module], dict(zip(NORMALISING.arguments, args, strict=False)) | kwargs
         if given.get("training"):
-            facts = _add_obstacle(facts, "batch-statistics", "it normalised by the batch, as in training")
             for key in ("running_mean", "running_var"):
                 if given[key] is not None:
                     self._save_before_write(given[key])
+        if self._plans:
+            self._look_at_batchnorm(module, name, given)
+        return self._run_whole("batchnorm", "batch_norm", F.batch_norm, args, kwargs, owner=name)
+
+    def _look_at_batchnorm(self, module: nn.Module, name: str, given: dict[str, Any]) -> None:
+        """Note what its call tells of a BatchNorm, as one and as a layer."""
+        facts = self.graph.batchnorms[name]
+        if given.get("training"):
+            facts = _add_obstacle(facts, "batch-statistics", "it normalised by the batch, as in training")
         elif not self._are_own(module, given, ("running_mean", "running_var", "weight", "bias")):
             facts = _add_obstacle(facts, "computed-weight", "it was called with other tensors than its own")
-        with self._look_away():
+        with self.looking_away:
             as_layer = self.graph.layers.get(name) or self._census.layer(module)
         eps = given.get("eps", 1e-5)
         facts = self._with_eps(module, facts, eps)
@@ -372,7 +371,6 @@ class Recorder:
             as_layer = _add_obstacle(as_layer, "own-forward", f"`{name}` normalises with another eps than its own")
         self.graph.batchnorms[name] = facts
         self.graph.layers[name] = replace(as_layer, obstacle=facts.obstacle or as_layer.obstacle)
-        return self._run_whole("batchnorm", "batch_norm", F.batch_norm, args, kwargs, owner=name)
 
     def _with_eps(self, module: nn.Module, facts: BatchNorm, eps: float) -> BatchNorm:
         """The facts about a BatchNorm, with the eps of its call if that is not the one it had before the run."""
@@ -385,7 +383,7 @@ class Recorder:
         name = self._census.names[module]
         facts = self.graph.batchnorms[name]
         if facts.obstacle is None:
-            with self._look_away():
+            with self.looking_away:
                 eps = _eps_of(kind, module, args)
             if eps is None or not isinstance(output, Tensor):
                 facts = _add_obstacle(facts, "own-forward", "it does something else than a BatchNorm")
@@ -393,7 +391,7 @@ class Recorder:
                 facts = self._with_eps(module, facts, eps)
             self.graph.batchnorms[name] = facts
         if self._evens and self.graph.batchnorms[name].obstacle is None:
-            with self._look_away():
+            with self.looking_away:
                 usual = _normalised(kind, args[0], kind.numbers(module, self.graph.batchnorms[name].eps))
                 output = torch.empty_like(output).copy_(usual)
         self._add_call("batchnorm", "batch_norm", (*args, *own_tensors(module).values()), output=output, owner=name)
@@ -401,7 +399,9 @@ class Recorder:
 
     def _run_layer(self, module: nn.Module, kind: LayerKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         name = self._census.names[module]
-        with self._look_away():
+        if not self._plans:
+            return self._run_whole("layer", kind.function.__name__, kind.function, args, kwargs, owner=name)
+        with self.looking_away:
             facts = self.graph.layers.get(name) or self._census.layer(module, kind.function.__name__)
         given = dict(zip(kind.arguments, args, strict=False)) | kwargs
         is_without = kind.has_bias and given.get("bias") is None
@@ -449,7 +449,7 @@ class Recorder:
         owner: str | None = None,
     ) -> Tensor:
         """Run a function whose inside is of no interest, as one call."""
-        with self._look_away():
+        with self.looking_away:
             if owner is not None and self._instead is not None:
                 function = self._instead(owner, function)
             output = function(*args, **kwargs)
@@ -460,35 +460,31 @@ class Recorder:
         if function in _ESCAPES or _is_foreign(function):
             self._add_call("opaque", getattr(function, "__name__", "Python code"), (tensor,))
             self._note_fork((tensor,))
-        elif tensor in self._statistics:
+        elif id(tensor) in self._statistics:
             # A glance at the dtype is a reading too: the tensor will be gone from the folded model.
             self._add_call("opaque", "Python code", (tensor,))
 
     def _note_fork(self, args: Any) -> None:
         """A tensor became a Python value: the modules that are running may take another path the next time."""
-        module = self._stack[-1][1]
+        module = self.running[-1].module
         if type(module) in _RECURRENT_MODULES and module not in self._census.hooked and "forward" not in vars(module):
             # Torch's own code asks how many sequences a packed batch has, and tells nobody.
             return
-        with self._look_away():
+        with self.looking_away:
             values = [self._ledger.value(tensor) for tensor in tensors_in(args)]
             if all(self._is_constant(value) for value in values):
                 return
-        self.graph.forked.update(self.graph.modules_around(self._stack[-1][0]))
+        self.graph.forked.update(self.graph.modules_around(self.running[-1].frame))
 
     # What the dispatch mode sees.
 
     def on_operation(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation and record it."""
-        if self._glancing:
-            self._glances.add("operation")
-            return operation(*args, **kwargs)
+        known = _known_of(operation)
         written = self.save_written(operation, args, kwargs)
         output = operation(*args, **kwargs)
-        # Torch's own operations say so if they draw random numbers; others could do or read anything.
-        draws = torch.Tag.nondeterministic_seeded in operation.tags if str(operation).startswith("aten.") else True
-        self._add_call("operation", str(operation), args, kwargs, output, written, draws=draws)
-        if _reveals_numbers(operation, args):
+        self._add_call("operation", known.name, args, kwargs, output, written, draws=known.draws)
+        if known.reveals_numbers or (known.is_index and _has_mask(args[1])):
             self._note_fork((args, kwargs))
         return output
 
@@ -503,14 +499,14 @@ class Recorder:
         owner: str | None = None,
         draws: bool = False,
     ) -> None:
-        with self._look_away():
+        with self.looking_away:
             read = {id(tensor): (tensor, self._ledger.value(tensor)) for tensor in tensors_in((args, kwargs))}
             refs = {key: Ref(value.index) for key, (_, value) in read.items()}
             call = Call(
                 index=len(self.graph.calls),
                 kind=kind,
                 name=name,
-                frame=self._stack[-1][0],
+                frame=self.running[-1].frame,
                 owner=owner,
                 args=() if kind == "opaque" else _with_refs(args, refs),
                 kwargs=_with_refs(kwargs or {}, refs),
@@ -563,6 +559,34 @@ def _add_obstacle(facts: _Facts, code: str, sentence: str) -> _Facts:
     return replace(facts, obstacle=facts.obstacle or (code, sentence))
 
 
+@dataclass(slots=True)
+class _Running:
+    """A call of a module that has not come to its end: whether the witnesses have heard of anything inside it."""
+
+    frame: int
+    module: nn.Module | None
+    away: bool = True  # whether it is the inside of something that is recorded as a whole
+    heard_function: bool = False
+    heard_operation: bool = False
+
+
+class _LookingAway:
+    """In here happens a recorder's own doing, or the inside of a call that is recorded as a whole."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self._before.append(self.is_on)
+        self.is_on = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.is_on = self._before.pop()
+
+
 class _FunctionWitness(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -586,7 +610,8 @@ class _OperationWitness(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._recorder.looking_away:
+        self._recorder.running[-1].heard_operation = True
+        if self._recorder.looking_away.is_on:
             # What a call that is recorded as a whole writes has to be put back as well.
             self._recorder.save_written(func, args, kwargs)
             return func(*args, **kwargs)
@@ -604,8 +629,9 @@ class _Ledger:
     its ``data``, or a Parameter around it.
     """
 
-    def __init__(self, graph: ValueGraph) -> None:
+    def __init__(self, graph: ValueGraph, *, follows_memory: bool) -> None:
         self._graph = graph
+        self._follows_memory = follows_memory
         self._living: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._memory: dict[int, tuple[StorageWeakRef, int]] = {}  # address -> its storage, with the storage's number
         self._storages = 0
@@ -615,9 +641,9 @@ class _Ledger:
         known = self._living.get(id(tensor))
         if known is not None:
             return self._graph.values[known[1]]
-        is_alias = self._known_storage(address_of(tensor)) is not None
+        known_storages = self._storages
         value = self.add(tensor, maker=None)
-        if is_alias:
+        if self._storages == known_storages and self._follows_memory:
             self._graph.aliased.setdefault(value.storage, "is also reached through a tensor of unknown origin")
         return value
 
@@ -628,13 +654,13 @@ class _Ledger:
 
     def add(self, tensor: Tensor, maker: int | None, constant: bool = False) -> Value:
         """Give a tensor a new value, made by a call or come from outside."""
-        address = address_of(tensor)
+        address = address_of(tensor) if self._follows_memory else None
         value = Value(
             index=len(self._graph.values),
             shape=tuple(tensor.shape),
             stride=tensor.stride() if tensor.layout is torch.strided else (),
             dtype=tensor.dtype,
-            storage=self._storage(tensor, address),
+            storage=self._storage(tensor, address) if self._follows_memory else 0,
             maker=maker,
             constant=constant,
             fate=_unfollowable(tensor, address),
@@ -666,19 +692,20 @@ class _Ledger:
 
     def settle(self) -> None:
         """Note which values outlived the run, and follow the parameters and buffers alone from here on."""
-        if any(self._survivors()):
+        if self._survivors():
             gc.collect()  # A survivor may only be waiting for the garbage collector.
-        for value in self._survivors():
-            value.fate = "is still held by somebody after the run"
+            for value in self._survivors():
+                value.fate = "is still held by somebody after the run"
         values = self._graph.values
         named = {value.storage for value in values if value.name is not None}
         self._memory = {address: known for address, known in self._memory.items() if known[1] in named}
         self._living = {key: known for key, known in self._living.items() if values[known[1]].name is not None}
 
-    def _survivors(self) -> Iterator[Value]:
+    def _survivors(self) -> list[Value]:
+        """The values that the run has made and that are still alive, without those of which that is known."""
         from_outside = {value.storage for value in self._graph.values if value.maker is None}
         alive = {number for ref, number in self._memory.values() if not ref.expired()} - from_outside
-        return (value for value in self._graph.values if value.fate is None and value.storage in alive)
+        return [value for value in self._graph.values if value.fate is None and value.storage in alive]
 
 
 def _unfollowable(tensor: Tensor, address: int | None) -> str | None:
@@ -706,17 +733,21 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     pending, seen = [tree], set[int]()
     while pending:
         branch = pending.pop()
+        if type(branch) in WITHOUT_TENSORS:
+            continue
         if isinstance(branch, Tensor):
             yield branch
-        elif type(branch) not in WITHOUT_TENSORS and id(branch) not in seen and not isinstance(branch, nn.Module):
+        elif id(branch) not in seen and not isinstance(branch, nn.Module):
             seen.add(id(branch))
             pending.extend(reversed(_branches(branch)))
 
 
-def _branches(tree: Any) -> list[Any]:
+def _branches(tree: Any) -> Sequence[Any]:
+    if isinstance(tree, (list, tuple)):
+        return tree
     if isinstance(tree, dict):
         return list(tree.values())
-    if isinstance(tree, (list, tuple, set, frozenset)):
+    if isinstance(tree, (set, frozenset)):
         return list(tree)
     if isinstance(tree, type):
         return []
@@ -727,6 +758,8 @@ def _branches(tree: Any) -> list[Any]:
 
 def _with_refs(tree: Any, refs: dict[int, Ref]) -> Any:
     """The same nesting of arguments with a ``Ref`` for each tensor."""
+    if type(tree) in WITHOUT_TENSORS:
+        return tree
     if isinstance(tree, Tensor):
         return refs[id(tree)]
     if isinstance(tree, (list, tuple)):
@@ -771,24 +804,44 @@ def _is_compound(name: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
 
 
-def _written_arguments(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+class _Known(NamedTuple):
+    """What is known of an operation, whatever it is given."""
+
+    name: str
+    writes: tuple[tuple[int, str], ...]  # places and names of the arguments that it writes
+    is_batch_norm: bool  # some of these write their statistics without saying so in their schema
+    training: tuple[int, str] | None  # the argument without which it does not
+    draws: bool
+    reveals_numbers: bool  # tells Python something of the numbers in its tensors, be it by a shape
+    is_index: bool  # does so if it is given a mask
+
+
+@cache
+def _known_of(operation: Any) -> _Known:
+    name, tags = str(operation), getattr(operation, "tags", ())
     schema = getattr(operation, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return ()
-    written: list[Tensor] = []
-    for position, argument in enumerate(schema.arguments):
-        if argument.is_write:
-            given = args[position] if position < len(args) else kwargs.get(argument.name)
-            written.extend(tensors_in(given))
-    return tuple(written)
+    places = [] if schema is None else list(enumerate(schema.arguments))
+    is_torchs = name.startswith("aten.")
+    is_index = operation in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
+    reveals_numbers = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+    return _Known(
+        name=name,
+        writes=tuple((place, argument.name) for place, argument in places if argument.is_write),
+        is_batch_norm="batch_norm" in name,
+        training=next(((place, each.name) for place, each in places if is_torchs and each.name == "training"), None),
+        # Torch's own operations say so if they draw random numbers; others could do or read anything.
+        draws=not is_torchs or torch.Tag.nondeterministic_seeded in tags,
+        reveals_numbers=reveals_numbers and not is_index,
+        is_index=is_index,
+    )
 
 
-def _reveals_numbers(operation: Any, args: tuple[Any, ...]) -> bool:
-    """Whether what an operation gives tells Python something of the numbers in its tensors, be it by a shape."""
-    tags = getattr(operation, "tags", ())
-    if operation in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
-        return any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(args[1]))
-    return torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
+    return args[place] if place < len(args) else kwargs.get(name)
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(indices))
 
 
 def address_of(tensor: Tensor) -> int | None:

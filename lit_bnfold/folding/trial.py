@@ -150,7 +150,7 @@ def obstacle_to(
             return "not-finite", f"folding `{fold.batchnorm}` leads to larger numbers than float16 holds"
     moved = moves(plan, modules, kinds)
     baked = [name for name in moved if computed_tensors(modules[name])]
-    with _random_numbers_kept(twin):
+    with _random_numbers_kept(twin) if baked else nullcontext():
         for name in baked:
             if not is_steady(modules[name]):
                 return "computed-weight", f"`{name}` computes another weight at every call"

@@ -56,13 +56,15 @@ def given(layer: nn.Module) -> dict[str, Any]:
     return {key: layer._parameters.get(key) for key in ("weight", "bias")}
 
 
+def objection_to(exact: ExactNumbers, layer: nn.Module) -> str | None:
+    return exact.objection_to(given(layer), exact.unrounded())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_fold_is_off_by_one_rounding_at_most(dtype: torch.dtype, randomised: Randomised) -> None:
     exact, modules = folded(randomised, dtype)
     assert exact.keys() == LAYERS
-    assert {name: numbers.objection_to(given(modules[name])) for name, numbers in exact.items()} == dict.fromkeys(
-        LAYERS
-    )
+    assert {name: objection_to(numbers, modules[name]) for name, numbers in exact.items()} == dict.fromkeys(LAYERS)
 
 
 @pytest.mark.parametrize("layer", sorted(LAYERS))
@@ -74,9 +76,9 @@ def test_a_step_of_two_units_in_the_last_place_is_found_in_any_layer(
     numbers = given(modules[layer])
     weight = numbers["weight"].data.view(-1)
     weight[weight.abs().argmax()] *= 1.0 + 2.0 * torch.finfo(dtype).eps
-    assert "has a `weight` that is off by" in exact[layer].objection_to(numbers)
+    assert "has a `weight` that is off by" in exact[layer].objection_to(numbers, exact[layer].unrounded())
     # Whoever allows for more gets more.
-    assert exact[layer].objection_to(numbers, slack=0.1) is None
+    assert exact[layer].objection_to(numbers, exact[layer].unrounded(), slack=0.1) is None
 
 
 def test_what_is_rounded_nowhere_is_what_torch_fuses(randomised: Randomised) -> None:
@@ -95,12 +97,13 @@ def test_what_is_rounded_nowhere_is_what_torch_fuses(randomised: Randomised) -> 
 
 def test_numbers_of_another_shape_and_numbers_that_are_none_are_found(randomised: Randomised) -> None:
     exact, modules = folded(randomised, torch.float32)
-    numbers = given(modules["chained"])
-    assert exact["chained"].objection_to(numbers | {"bias": None}) == "has no `bias` of shape (6,)"
-    assert exact["chained"].objection_to(numbers | {"weight": torch.ones(2, 2)}) == "has no `weight` of shape (6, 6)"
+    numbers, chained = given(modules["chained"]), exact["chained"]
+    due = chained.unrounded()
+    assert chained.objection_to(numbers | {"bias": None}, due) == "has no `bias` of shape (6,)"
+    assert chained.objection_to(numbers | {"weight": torch.ones(2, 2)}, due) == "has no `weight` of shape (6, 6)"
     with torch.no_grad():
         numbers["weight"][0, 0] = torch.nan
-    assert "is off by inf roundings" in exact["chained"].objection_to(numbers)
+    assert "is off by inf roundings" in chained.objection_to(numbers, due)
 
 
 def test_a_weight_that_is_not_a_number_agrees_with_itself(randomised: Randomised) -> None:
@@ -109,4 +112,4 @@ def test_a_weight_that_is_not_a_number_agrees_with_itself(randomised: Randomised
     with torch.no_grad():
         model[0].weight[1] = torch.tensor([torch.nan, torch.inf, 0.0])
     exact = exact_numbers(plan, dict(model.named_modules()), KINDS)
-    assert exact["0"].objection_to(given(plan.apply(model)[0])) is None
+    assert objection_to(exact["0"], plan.apply(model)[0]) is None
