@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shlex
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,9 +18,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lit_bnfold.callbacks.export import FILES, Call, Export, check_extras, export_files, first_call
+from lit_bnfold.callbacks.html_report import write_html
+from lit_bnfold.callbacks.inference import Inference, measure_inference, runnable_copy
 from lit_bnfold.callbacks.proof import GraphWitness, LayerWitness, Witness, output_error
 from lit_bnfold.callbacks.reestimation import Reestimation
 from lit_bnfold.callbacks.report import Report, make_report, print_report, scalars, write_report
+from lit_bnfold.callbacks.tensorboard import show_in_tensorboard
 from lit_bnfold.callbacks.validation import ValidationRun, first_training_batch, run_validation
 from lit_bnfold.checkpoint import save_folded, whole_file
 from lit_bnfold.folding import FoldingError, FoldingPlan
@@ -42,8 +46,9 @@ class BatchNormFolding(Callback):
 
     When training ends, the module validates as it is and is watched on the first batch of each loader: that gives the
     plan. Then it is folded and validates again. Each folded layer is compared with BatchNorm after the unfolded layer
-    on the same inputs, and the outputs of both versions are compared. If they agree, ``folded.ckpt`` and
-    ``folding.json`` are written. Module and Trainer come out as they went in, unless ``replace`` is set.
+    on the same inputs, and the outputs of both versions are compared. If they agree, ``folded.ckpt``,
+    ``folding.html`` and ``folding.json`` are written. Module and Trainer come out as they went in, unless ``replace``
+    is set.
 
     Args:
         weights: Which weights are folded: those of the ``last`` step, or those of the checkpoint callback's ``best``
@@ -236,9 +241,11 @@ class BatchNormFolding(Callback):
                 self._run_example(trainer, pl_module, original)
         plan = original.plan()
         folded = LayerWitness(pl_module, plan)
+        unfolded, start = runnable_copy(pl_module, trainer), time.perf_counter()
         with folded_in_place(plan, pl_module):
             with folded, first_call(pl_module) as calls:
                 after = validate([folded])
+                seconds = time.perf_counter() - start
                 if no_batch:
                     self._run_example(trainer, pl_module, folded)
             layer_errors = [folded.error_of(fold) for fold in plan.folds]
@@ -247,7 +254,10 @@ class BatchNormFolding(Callback):
             runs = (before, after)
             self.report = make_report(plan, layer_errors, runs, outputs, weights, tolerance, folded.stray, reestimated)
             if self.report["mismatch"] is None:
-                self._write(trainer, pl_module, plan, directory, calls)
+                measure = partial(measure_inference, trainer, unfolded, validation_seconds=seconds)
+                self._write(trainer, pl_module, plan, directory, calls, measure)
+        if self.report["mismatch"] is None and trainer.state.fn == "fit":
+            show_in_tensorboard(trainer, self.report, unfolded, self.folded_module, calls)
         self.plan = plan
         self._conclude(trainer, pl_module, directory)
 
@@ -277,7 +287,13 @@ class BatchNormFolding(Callback):
                 module.training = flag
 
     def _write(
-        self, trainer: Trainer, pl_module: LightningModule, plan: FoldingPlan, directory: Path, calls: Sequence[Call]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        plan: FoldingPlan,
+        directory: Path,
+        calls: Sequence[Call],
+        measure: Callable[[LightningModule | None, Sequence[Call]], Inference],
     ) -> None:
         """Write the files while the module is folded, and keep a copy of it."""
         assert self.report is not None
@@ -285,10 +301,12 @@ class BatchNormFolding(Callback):
         # A `fast_dev_run` leaves no files, and must not replace those of a real one.
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             save_folded(trainer, pl_module, plan, directory / "folded.ckpt")
-            example = pl_module.example_input_array
-            calls = calls or ([] if example is None else [Call.of(example)])
             tolerance = self.tolerance or _dtype_tolerance(pl_module)
             self.report["exports"] = export_files(self.export, trainer, folded, calls, directory, tolerance)
+            self.report["inference"] = measure(folded, calls)
+            with whole_file(directory / "folding.html", trainer) as part:
+                if trainer.is_global_zero:
+                    write_html(self.report, part)
             with whole_file(directory / "folding.json", trainer) as part:
                 if trainer.is_global_zero:
                     write_report(self.report, part)
@@ -325,7 +343,7 @@ class BatchNormFolding(Callback):
         if self.report["mismatch"] is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             exported = [FILES[kind] for kind, result in self.report["exports"].items() if "failure" not in result]
             names = ", ".join(["folded.ckpt", *exported])
-            rank_zero_info(f"Wrote {names} and folding.json to {directory.absolute()}")
+            rank_zero_info(f"Wrote {names}, folding.html and folding.json to {directory.absolute()}")
 
     def _log(self, trainer: Trainer) -> None:
         assert self.report is not None

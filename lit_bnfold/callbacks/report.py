@@ -50,8 +50,8 @@ def make_report(
     Returns:
         Plain dicts, lists, strings and numbers. ``mismatch`` says in a sentence what does not agree; None if all does.
         ``moved`` names the metrics that moved by more than rounding explains, which alone is no mismatch: the loss of
-        a perfect model is all rounding, and an accuracy jumps where two classes were equally likely. ``exports`` is
-        empty, and for whoever exports to fill.
+        a perfect model is all rounding, and an accuracy jumps where two classes were equally likely. ``exports`` and
+        ``inference`` are empty, and for whoever exports and measures to fill.
     """
     report: Report = {
         "folds": [
@@ -72,6 +72,7 @@ def make_report(
         "weights": weights,
         "reestimated": None if reestimated is None else dict(reestimated),
         "exports": {},
+        "inference": {},
         "tolerance": tolerance,
         "versions": {
             "lit_bnfold": lit_bnfold.__version__,

@@ -31,7 +31,7 @@ def report(
 def test_it_has_the_keys_that_others_rely_on() -> None:
     made = report()
     promised = {"folds", "kept", "validation", "output_error", "weights", "tolerance", "versions"}
-    assert made.keys() == promised | {"mismatch", "moved", "reestimated", "exports"}
+    assert made.keys() == promised | {"mismatch", "moved", "reestimated", "exports", "inference"}
     assert (made["reestimated"], made["exports"]) == (None, {})
     assert made["folds"][1] == {
         "batchnorm": "net.norm2",
