@@ -324,10 +324,10 @@ def _run_onnx(part: Path, calls: list[Call]) -> list[list[Tensor]]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The error that began it all, in one line: exporters wrap theirs, and tell long stories."""
+    """The error that began it all, in one line without a full stop: exporters wrap theirs, and tell long stories."""
     while error.__cause__ is not None:
         error = error.__cause__
-    said = shorten(str(error), _REASON_LENGTH, placeholder=" ...")
+    said = shorten(str(error).strip().removesuffix("."), _REASON_LENGTH, placeholder=" ...")
     return said if isinstance(error, FoldingError) else f"{type(error).__name__}: {said}"
 
 

@@ -118,7 +118,7 @@ def _graphs(
             try:
                 return {"original": _traced(trainer, original, call), "folded": _traced(trainer, folded, call)}
             except Exception as error:
-                obstacle = reason_of(error).rstrip(".")
+                obstacle = reason_of(error)
     rank_zero_info(f"TensorBoard shows no graph of the folding: {obstacle}.")
     return {}
 
