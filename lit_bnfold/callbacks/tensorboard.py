@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lit_bnfold.callbacks.export import Call, quietly, reason_of
 from lit_bnfold.callbacks.inference import runnable_copy
-from lit_bnfold.callbacks.report import Report, scalars
+from lit_bnfold.callbacks.report import Report
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.folding.algebra import scale_and_shift
 from lit_bnfold.folding.kinds import KINDS
@@ -85,8 +85,9 @@ def _run(logger: TensorBoardLogger, version: str) -> Iterator[TensorBoardLogger]
 
 
 def _final_metrics(report: Report) -> dict[str, float]:
-    starts = tuple(f"{_NAME}/{version}/" for version in report["validation"])
-    return {key: each for key, each in scalars(report).items() if key.startswith(starts) and math.isfinite(each)}
+    # Without the folder's name, so that the chart of both versions does not find them as well.
+    every = {f"{version}/{key}": each for version, run in report["validation"].items() for key, each in run.items()}
+    return {key: each for key, each in every.items() if math.isfinite(each)}
 
 
 def _layout(report: Report) -> dict[str, dict[str, list[Any]]]:
