@@ -138,6 +138,21 @@ def test_what_is_not_measured_has_a_reason(changes: dict[str, Any], reason: str)
     assert 1024 not in [each["batch_size"] for each in made["latency"]]
 
 
+class Wide(Network):
+    """Has a weight of 2 MiB, which it transposes."""
+
+    def __init__(self) -> None:
+        super().__init__(is_folded=True)
+        self.net = nn.Linear(4, 2**17)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.net.weight.t()[:, :3] + inputs[0, 0]
+
+
+def test_what_is_only_looked_at_in_another_way_takes_no_memory() -> None:
+    assert measured(Wide(), Wide())["not_measured"] == []
+
+
 class Slow(Network):
     """Works out how long it takes by a clock that only runs forward with each example."""
 
