@@ -63,9 +63,7 @@ def show_in_tensorboard(
         return
     graphs = _graphs(trainer, original, folded, calls)
     for logger in loggers:
-        for version, graph in graphs.items():
-            with _run(logger, version) as run, quietly():
-                run.experiment.add_graph(*graph)
+        _add_graphs(logger, graphs)
         with _run(logger, "") as run:
             # What the logger wrote of the hyperparameters when training began, it wrote for good.
             run.log_hyperparams(logger.hparams, _final_metrics(report), trainer.global_step)
@@ -120,7 +118,7 @@ def _graphs(
                 return {"original": _traced(trainer, original, call), "folded": _traced(trainer, folded, call)}
             except Exception as error:
                 obstacle = reason_of(error)
-    rank_zero_info(f"TensorBoard shows no graph of the folding: {obstacle}.")
+    _tell_of_no_graph(obstacle)
     return {}
 
 
@@ -134,6 +132,20 @@ def _traced(trainer: Trainer, pl_module: LightningModule, call: Call) -> tuple[A
     module.trainer = trainer
     # What add_graph would trace by itself it would also run once more, to compare.
     return torch.jit.trace(module, arguments.args, strict=False, check_trace=False), arguments.args
+
+
+def _add_graphs(logger: TensorBoardLogger, graphs: dict[str, tuple[Any, tuple[Any, ...]]]) -> None:
+    try:
+        for version, graph in graphs.items():
+            with _run(logger, version) as run, quietly():
+                run.experiment.add_graph(*graph)
+    except Exception as error:
+        # Not everything that can be traced can be drawn.
+        _tell_of_no_graph(reason_of(error))
+
+
+def _tell_of_no_graph(obstacle: str) -> None:
+    rank_zero_info(f"TensorBoard shows no graph of the folding: {obstacle}.")
 
 
 def _add_histograms(writer: SummaryWriter, report: Report, original: nn.Module | None, step: int) -> None:

@@ -22,6 +22,7 @@ from tensorboard.plugins.hparams.metadata import (
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 
 from lit_bnfold import BatchNormFolding
 from lit_bnfold.callbacks.tensorboard import markdown
@@ -249,6 +250,20 @@ def test_a_graph_that_cannot_be_drawn_is_left_out_with_a_sentence(
     assert said.startswith("TensorBoard shows no graph of the folding: ")
     assert reason in said
     assert not (Path(logger.log_dir) / "folding" / "original").exists()
+    assert "folding/plan/text_summary" in events(logger.log_dir).Tags()["tensors"]
+
+
+def test_a_graph_that_is_traced_and_cannot_be_drawn_costs_nothing_else(
+    tmp_path: Path, randomised: Randomised, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add_graph(*args: Any) -> None:
+        raise KeyError("a node")
+
+    monkeypatch.setattr(SummaryWriter, "add_graph", add_graph)
+    logger = TensorBoardLogger(tmp_path, name="board")
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, randomised(Small()), logger)
+    assert "TensorBoard shows no graph of the folding: KeyError: 'a node'." in caplog.messages
     assert "folding/plan/text_summary" in events(logger.log_dir).Tags()["tensors"]
 
 
