@@ -8,9 +8,14 @@ One more key in the state dict is there for whoever loads the file in the ordina
 from __future__ import annotations
 
 import os
+import pickle
+import sys
+import tempfile
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +23,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lit_bnfold.folding import FoldingError, FoldingPlan
 from lit_bnfold.folding.kinds import Rest
@@ -30,6 +36,12 @@ SIGNPOST = "this checkpoint is folded: load it with lit_bnfold.load_folded(Model
 """Key in the state dict of a folded checkpoint that makes an ordinary, strict load fail and say what to do."""
 
 _Module = TypeVar("_Module", bound=LightningModule)
+
+_Undo = Callable[[], None]
+_Hook = Callable[[dict[str, Any]], None]
+
+# Lightning's sharded strategies write a directory: the tensors in the format of torch, all the rest in this file.
+_SHARDED_REST = "meta.pt"
 
 
 class FoldedLoading:
@@ -50,9 +62,8 @@ class FoldedLoading:
             FoldingError: If training is to go on from a folded checkpoint, or its plan does not fit this module.
         """
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        if MANIFEST in checkpoint:
-            assert isinstance(self, LightningModule)
-            _take_structure(self, checkpoint)
+        assert isinstance(self, LightningModule)
+        _take_structure(self, checkpoint)
 
 
 def load_folded(model_class: type[_Module], path: str | Path, **kwargs: Any) -> _Module:
@@ -74,21 +85,59 @@ def load_folded(model_class: type[_Module], path: str | Path, **kwargs: Any) -> 
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected a folded checkpoint at {path}, found no file.")
 
+    checkpoint = _read(Path(path), kwargs.get("weights_only"))
+    if MANIFEST not in checkpoint:
+        raise FoldingError(f"{path} is not folded; {model_class.__name__}.load_from_checkpoint loads it.")
     # Lightning's own load does everything by its rules and by those of the class; it only meets another structure.
-    def on_load_checkpoint(self: _Module, checkpoint: dict[str, Any]) -> None:
-        if MANIFEST not in checkpoint:
-            raise FoldingError(f"{path} is not folded; {model_class.__name__}.load_from_checkpoint loads it.")
-        super(loading, self).on_load_checkpoint(checkpoint)
-
-    bases = (model_class,) if issubclass(model_class, FoldedLoading) else (FoldedLoading, model_class)
-    own = {"on_load_checkpoint": on_load_checkpoint, "__module__": model_class.__module__}
-    loading: Any = types.new_class(model_class.__name__, bases, exec_body=lambda namespace: namespace.update(own))
-    module: _Module = loading.load_from_checkpoint(path, **kwargs)
-    module.__class__ = model_class
+    with _taking_folded({model_class, _class_in(checkpoint, model_class)}):
+        module: _Module = model_class.load_from_checkpoint(path, **kwargs)
+    if not isinstance(module, FoldedLoading):
+        take_folded(module)
     return module.eval()
 
 
-def save_folded(trainer: Trainer, pl_module: LightningModule, plan: FoldingPlan, path: Path) -> None:
+def _class_in(checkpoint: Mapping[str, Any], model_class: type[_Module]) -> type[_Module]:
+    """The class that a LightningCLI has named in a checkpoint, if it is a kind of ``model_class``."""
+    module, _, name = str(checkpoint.get("hyper_parameters", {}).get("_class_path", "")).rpartition(".")
+    named = getattr(sys.modules.get(module), name, None)
+    return named if isinstance(named, type) and issubclass(named, model_class) else model_class
+
+
+@contextmanager
+def _taking_folded(classes: Collection[Any]) -> Iterator[None]:
+    """Have classes take folded checkpoints: Lightning makes the module itself, and allows no class it cannot import."""
+    with ExitStack() as stack:
+        for of_class in classes:
+            if not issubclass(of_class, FoldedLoading):
+                stack.callback(_add_to_class(of_class))
+        yield
+
+
+def _add_to_class(of_class: Any) -> _Undo:
+    own, is_inherited = of_class.on_load_checkpoint, "on_load_checkpoint" not in vars(of_class)
+
+    def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+        own(self, checkpoint)
+        _take_structure(self, checkpoint)
+
+    def undo() -> None:
+        if is_inherited:
+            del of_class.on_load_checkpoint
+        else:
+            of_class.on_load_checkpoint = own
+
+    of_class.on_load_checkpoint = on_load_checkpoint
+    return undo
+
+
+def save_folded(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    plan: FoldingPlan,
+    path: Path,
+    progress: Mapping[str, Any] = types.MappingProxyType({}),
+    outdated: Sequence[Path] = (),
+) -> None:
     """Save a module that is folded at this moment; the file appears whole or not at all. To be called on all ranks.
 
     Args:
@@ -96,21 +145,172 @@ def save_folded(trainer: Trainer, pl_module: LightningModule, plan: FoldingPlan,
         pl_module: The folded module.
         plan: The plan by which it was folded.
         path: Where the file goes.
+        progress: What the file says of the training, such as its ``global_step``, if that was not the Trainer's own.
+        outdated: Files that tell of an older one, or were made with it: they go when it does.
     """
-    with _manifest_in_checkpoint(pl_module, plan), whole_file(path, trainer) as part:
-        trainer.save_checkpoint(part, weights_only=True)
+
+    def add(checkpoint: dict[str, Any]) -> None:
+        _add_manifest(plan, checkpoint)
+        checkpoint.update(progress)
+
+    undo = _add_to_hook(pl_module, "on_save_checkpoint", add)
+    try:
+        with whole_file(path, trainer, outdated) as part:
+            trainer.save_checkpoint(part, weights_only=True)
+    finally:
+        undo()
+
+
+def stay_folded(pl_module: LightningModule, plan: FoldingPlan) -> None:
+    """Have a folded module write its plan into every checkpoint from now on, and take folded checkpoints back.
+
+    Args:
+        pl_module: A module that was folded for good.
+        plan: The plan by which it was folded.
+    """
+    _add_to_hook(pl_module, "on_save_checkpoint", partial(_add_manifest, plan))
+    if not isinstance(pl_module, FoldedLoading):
+        take_folded(pl_module)
+
+
+def take_folded(pl_module: LightningModule) -> _Undo:
+    """Have a module of any class take folded checkpoints, or refuse to be trained from them, as ``FoldedLoading`` does.
+
+    Args:
+        pl_module: The module.
+
+    Returns:
+        A function that makes it load as its class does.
+    """
+    return _add_to_hook(pl_module, "on_load_checkpoint", partial(_take_structure, pl_module))
 
 
 @contextmanager
-def whole_file(path: Path, trainer: Trainer) -> Iterator[Path]:
+def progress_of_training(pl_module: LightningModule) -> Iterator[dict[str, Any]]:
+    """Watch a module load a checkpoint, which must not be folded.
+
+    Args:
+        pl_module: The module.
+
+    Yields:
+        A dict that will hold what the checkpoint says of the training, such as its ``global_step``.
+    """
+    progress: dict[str, Any] = {}
+
+    def watch(checkpoint: dict[str, Any]) -> None:
+        _check_is_unfolded(checkpoint, "This checkpoint")
+        progress.update({key: checkpoint[key] for key in ("epoch", "global_step", "loops") if key in checkpoint})
+
+    # A class that takes folded checkpoints would have taken the structure by then.
+    undo = _add_to_hook(pl_module, "on_load_checkpoint", watch, first=True)
+    try:
+        yield progress
+    finally:
+        undo()
+
+
+def read_training(path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    """Read what an unfolded checkpoint says of its training: the hyperparameters, the step, and so on.
+
+    Args:
+        path: A checkpoint of Lightning, a file or the directory of a sharded strategy.
+        weights_only: Whether to read nothing but tensors and plain values; None as for ``torch.load``.
+
+    Returns:
+        The checkpoint. A directory's comes without the weights; a file's weights stay on the disk until they are used.
+
+    Raises:
+        FileNotFoundError: If there is nothing at ``path``.
+        FoldingError: If the checkpoint is folded.
+        ValueError: If it is no checkpoint of Lightning, or holds more than ``weights_only`` allows.
+    """
+    checkpoint = _read(Path(path), weights_only)
+    _check_is_unfolded(checkpoint, path)
+    return checkpoint
+
+
+def _read(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    _check_layout(path)
+    file = path / _SHARDED_REST if path.is_dir() else path
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(file))
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        if zipfile.is_zipfile(file) and "weights_only" in str(error):
+            raise ValueError(
+                f"The checkpoint {path} holds more than tensors and plain values; if you trust it, read it with "
+                "weights_only=False (`--weights_only false`)."
+            ) from error
+        raise ValueError(f"Expected a checkpoint of Lightning at {path}, found another kind of file.") from error
+    if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
+        raise ValueError(f"Expected a checkpoint of Lightning at {path}, found another kind of file.")
+    return checkpoint
+
+
+@contextmanager
+def one_file(path: str | Path, weights_only: bool | None = None) -> Iterator[str]:
+    """Give a checkpoint as one file, which Lightning can load in one process.
+
+    Lightning's own command (``python -m lightning.pytorch.utilities.consolidate_checkpoint``) does this for FSDP, and
+    not for ModelParallel.
+
+    Args:
+        path: A checkpoint; for the directory of a sharded strategy a file is made for as long as the context lasts.
+        weights_only: Whether to read nothing but tensors and plain values; None as for ``torch.load``.
+
+    Yields:
+        The path of the file.
+    """
+    if not Path(path).is_dir():
+        yield str(path)
+        return
+    rest = read_training(path, weights_only)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "consolidated.ckpt"
+        dcp_to_torch_save(path, file)
+        # This process has just written it.
+        tensors = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+        # FSDP calls it by one name, ModelParallel by the other. What the optimizers hold is of no use here.
+        state = tensors["model"] if "model" in tensors else tensors["state_dict"]
+        whole = Path(directory) / "whole.ckpt"
+        torch.save({**rest, "state_dict": state}, whole)
+        del tensors, state
+        file.unlink()
+        yield str(whole)
+
+
+def _check_layout(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"Expected a checkpoint at {path}, found nothing.")
+    if path.is_dir() and (path / "zero_to_fp32.py").is_file():
+        raise ValueError(
+            f"{path} is a directory of DeepSpeed: make one file of it with "
+            "`lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict` and fold that."
+        )
+    if path.is_dir() and not (path / _SHARDED_REST).is_file():
+        raise ValueError(
+            f"Expected a checkpoint at {path}, found a directory without the {_SHARDED_REST} of a sharded one."
+        )
+
+
+def _check_is_unfolded(checkpoint: Mapping[str, Any], name: str | Path) -> None:
+    if MANIFEST in checkpoint:
+        raise FoldingError(f"{name} is folded already; fold the checkpoint that it was made of.")
+
+
+@contextmanager
+def whole_file(path: Path, trainer: Trainer, outdated: Sequence[Path] = ()) -> Iterator[Path]:
     """Write beside, then rename, so that the file under its own name is always a whole one.
 
     Args:
         path: Where the file goes; its directory is made.
         trainer: The Trainer, whose first rank does the renaming.
+        outdated: Files that this one makes outdated; they are taken away right before it gets its name.
 
     Yields:
         The path to write to.
+
+    Raises:
+        OSError: If it cannot be written; names the file.
     """
     part = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,32 +323,62 @@ def whole_file(path: Path, trainer: Trainer) -> Iterator[Path]:
         if trainer.is_global_zero:
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
+            for other in outdated:
+                other.unlink(missing_ok=True)
             part.replace(path)
+    except OSError as error:
+        # A full disk is reported without the file that no longer fitted on it.
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
     finally:
         trainer.strategy.checkpoint_io = own_io
         if trainer.is_global_zero:
             part.unlink(missing_ok=True)
 
 
-@contextmanager
-def _manifest_in_checkpoint(pl_module: LightningModule, plan: FoldingPlan) -> Iterator[None]:
-    own, shadowed = pl_module.on_save_checkpoint, vars(pl_module).get("on_save_checkpoint")
+class _LongerHook:
+    """A hook of one module that does more than its class says; it is copied and pickled along with its module."""
 
-    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
-        own(checkpoint)
-        checkpoint[MANIFEST] = plan.to_dict()
-        checkpoint["state_dict"][SIGNPOST] = torch.zeros(0)
+    def __init__(self, own: _Hook) -> None:
+        self.own = own
+        self.parts = [own]
 
-    pl_module.on_save_checkpoint = on_save_checkpoint  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del pl_module.on_save_checkpoint
-        if shadowed is not None:
-            pl_module.on_save_checkpoint = shadowed  # type: ignore[method-assign]
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        for part in tuple(self.parts):
+            part(checkpoint)
+
+
+def _add_to_hook(pl_module: LightningModule, name: str, added: _Hook, *, first: bool = False) -> _Undo:
+    """Make a hook do one thing more; what was added can be taken away in any order."""
+    shadowed = vars(pl_module).get(name)
+    hook = shadowed if isinstance(shadowed, _LongerHook) else _LongerHook(getattr(pl_module, name))
+    hook.parts.insert(0 if first else len(hook.parts), added)
+    setattr(pl_module, name, hook)
+
+    def undo() -> None:
+        hook.parts.remove(added)
+        if hook.parts == [hook.own]:
+            delattr(pl_module, name)
+            if hook.own != getattr(pl_module, name):
+                # The module had one of its own, which its class does not know.
+                setattr(pl_module, name, hook.own)
+
+    return undo
+
+
+def _add_manifest(plan: FoldingPlan, checkpoint: dict[str, Any]) -> None:
+    if MANIFEST in checkpoint:
+        # The module had been folded before: the one plan goes on where the other ended.
+        before = FoldingPlan.from_dict(checkpoint[MANIFEST])
+        plan = FoldingPlan((*before.folds, *plan.folds), plan.kept)
+    checkpoint[MANIFEST] = plan.to_dict()
+    checkpoint["state_dict"][SIGNPOST] = torch.zeros(0)
 
 
 def _take_structure(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    if MANIFEST not in checkpoint:
+        return
     if _is_being_fitted(module):
         raise FoldingError(
             "Training cannot go on from a folded checkpoint: its BatchNorms are gone. Go on from the checkpoint that "
@@ -158,6 +388,7 @@ def _take_structure(module: LightningModule, checkpoint: dict[str, Any]) -> None
     plan = FoldingPlan.from_dict(checkpoint[MANIFEST])
     if not _is_folded(module, plan):
         fold_structure(plan, module)
+        _add_to_hook(module, "on_save_checkpoint", partial(_add_manifest, plan))
 
 
 def _is_being_fitted(module: LightningModule) -> bool:

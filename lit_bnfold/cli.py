@@ -11,12 +11,13 @@ from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lit_bnfold.callbacks import BatchNormFolding
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
+from lit_bnfold.fold_command import SUMMARY, find_last_checkpoint, fold
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
@@ -31,21 +32,12 @@ _TRAINER_DEFAULTS = {"max_steps": 200_000, "val_check_interval": 5_000, "check_v
 _TRAINING_CALLBACKS = (Checkpoint, LearningRateMonitor)
 
 
-class FoldingTrainer(Trainer):
-    """A Trainer that can fold a checkpoint as well."""
+class _ListingParser(LightningArgumentParser):
+    """Keeps the list of subcommands, so that ``fold`` can be in it."""
 
-    def fold(self, model: LightningModule, ckpt_path: str, datamodule: LightningDataModule | None = None) -> None:
-        """Fold the BatchNorms of a checkpoint, with the same proof and the same files as at the end of ``fit``.
-
-        Args:
-            model: The module that was trained.
-            ckpt_path: The checkpoint to fold. The files go beside it, unless ``--folding.dirpath`` says otherwise.
-            datamodule: The data that was trained on.
-        """
-        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
-        folding = next(callback for callback in callbacks if isinstance(callback, BatchNormFolding))
-        self.loggers = []
-        folding.fold_checkpoint(self, model, ckpt_path, datamodule)
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        self.listed = super().add_subcommands(*args, **kwargs)
+        return self.listed
 
 
 class NamesCLI(LightningCLI):
@@ -59,8 +51,13 @@ class NamesCLI(LightningCLI):
             "fit": offered["fit"],
             "validate": offered["validate"],
             "test": offered["test"],
-            "fold": {"model", "datamodule"},
         }
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Make the parser, and list beside its own subcommands the one that has a parser for each class."""
+        super().setup_parser(*args, **kwargs)
+        assert isinstance(self.parser, _ListingParser)
+        self.parser.listed.add_subcommand("fold", LightningArgumentParser(), help=SUMMARY)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks, and take from the data what the network has to know of it."""
@@ -88,10 +85,12 @@ class NamesCLI(LightningCLI):
         begin, where there is none yet.
         """
         super().parse_arguments(parser, args)
+        if self.config.subcommand == "fold":
+            raise ValueError("Expected `fold` before its arguments: lit-bnfold fold --ckpt_path FILE.")
         config = self.config[self.config.subcommand]
         path = config.ckpt_path
         if path == "last":
-            path = str(_latest_checkpoint(Path(config.trainer.default_root_dir or ".")))
+            path = str(find_last_checkpoint(Path(config.trainer.default_root_dir or ".")))
         if path is not None and Path(path).is_file():
             # Before everything else on the command line, so that what is said there or in a configuration counts.
             given = list(sys.argv[1:] if args is None else args)
@@ -116,6 +115,9 @@ class NamesCLI(LightningCLI):
         callbacks = list(config.callbacks or [])
         if config.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
             kwargs["callbacks"] = [*callbacks, TQDMProgressBar(refresh_rate=_BAR_REFRESH_STEPS)]
+        if self.subcommand != "fit" and config.logger is None:
+            # There would be nothing in its directory.
+            kwargs["logger"] = False
         trainer = super().instantiate_trainer(**kwargs)
         unwanted: tuple[type[Callback], ...] = () if trainer.loggers else (LearningRateMonitor,)
         if self.subcommand != "fit":
@@ -140,13 +142,17 @@ def main(args: list[str] | None = None) -> None:
         args: The arguments; by default those of the process.
     """
     _silence_noise()
+    given = sys.argv[1:] if args is None else args
     try:
+        if given[:1] == ["fold"]:
+            fold(given[1:])
+            return
         NamesCLI(
             BatchNormMLP,
             NamesDataModule,
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
-            trainer_class=FoldingTrainer,
+            parser_class=_ListingParser,
             trainer_defaults=_TRAINER_DEFAULTS,
             seed_everything_default=42,
             args=args,
@@ -180,14 +186,6 @@ def _silence_noise() -> None:
     # The commands that only read a checkpoint go without the callbacks of the training that wrote it.
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-
-
-def _latest_checkpoint(root: Path) -> Path:
-    # Without a logger there is no `lightning_logs`.
-    paths = [*root.glob("lightning_logs/*/checkpoints/last.ckpt"), *root.glob("checkpoints/last.ckpt")]
-    if not paths:
-        raise FileNotFoundError(f"Found no lightning_logs/*/checkpoints/last.ckpt in {root.absolute()} to go on from.")
-    return max(paths, key=lambda path: path.stat().st_mtime)
 
 
 def _leave(error: Exception) -> NoReturn:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lit_bnfold import BatchNormMLP, FoldingError, load_folded
+from lit_bnfold import BatchNormFolding, BatchNormMLP, FoldingError, load_folded
 from lit_bnfold.checkpoint import MANIFEST, FoldedLoading, save_folded, whole_file
 from lit_bnfold.folding import Fold, FoldingPlan, Part, plan_folding
 from lit_bnfold.folding.rewrite import folded_in_place
@@ -225,6 +228,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (Fold("net.7", (Part("net.0"),)), "folds the BatchNorm `net.7`; the model has nothing of that name"),
         (Fold("net.2", (Part("net.0"),)), "folds the BatchNorm `net.2`; the model has ReLU of that name"),
         (Fold("net.1", (Part("net.2"),)), "folds into the layer `net.2`; the model has ReLU of that name"),
+        (Fold("net.1", (Part("net.7"),)), "folds into the layer `net.7`; the model has nothing of that name"),
+        (Fold("net.1", (Part("net.0", channels=(0, 1, 2, 3, 5)),)), "channels that `net.1` with 5 has not"),
         (Fold("net.1", (Part("net.3"),)), "wants 5 out_features of `net.3`, which has 3"),
     ],
 )
@@ -234,6 +239,11 @@ def test_a_manifest_that_does_not_fit_names_the_first_difference(fold: Fold, mes
     torch.save(checkpoint, folded_file)
     with pytest.raises(FoldingError, match=message):
         load_folded(Foreign, folded_file)
+
+
+def test_a_layer_of_another_size_is_named(folded_file: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"size mismatch for net\.0\.weight: .*\[5, 4\].*\[6, 4\]"):
+        load_folded(Foreign, folded_file, width=6)
 
 
 def test_a_manifest_of_another_version_is_refused(folded_file: Path) -> None:
@@ -256,6 +266,42 @@ def test_training_does_not_go_on_from_a_folded_checkpoint(folded_file: Path, tmp
         trainer.fit(Foreign(5), ckpt_path=folded_file, weights_only=True)
     # To measure a folded checkpoint is another matter.
     trainer.validate(Mixed(5), ckpt_path=folded_file, weights_only=True, verbose=False)
+
+
+def test_with_the_callback_any_class_says_so_in_a_sentence_and_may_be_measured(
+    folded_file: Path, tmp_path: Path, foreign: LightningModule
+) -> None:
+    # Two of them, as for the last and the best weights.
+    callbacks = [BatchNormFolding(), BatchNormFolding(weights="best")]
+    trainer, module = idle_trainer(tmp_path, max_epochs=1, callbacks=callbacks), Foreign(5)
+    with pytest.raises(FoldingError, match="Training cannot go on from a folded checkpoint"):
+        trainer.fit(module, ckpt_path=folded_file, weights_only=True)
+    assert "on_load_checkpoint" not in vars(module)
+    trainer.validate(module, ckpt_path=folded_file, weights_only=True, verbose=False)
+    assert "on_load_checkpoint" not in vars(module)
+    torch.testing.assert_close(module.eval()(INPUTS), foreign(INPUTS), rtol=0, atol=1e-5)
+
+
+def test_a_hook_of_the_module_itself_is_called_and_stays(folded_file: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+    module = Foreign(5)
+    module.on_load_checkpoint = own = lambda checkpoint: seen.extend(checkpoint["hyper_parameters"])
+    trainer = idle_trainer(tmp_path, callbacks=[BatchNormFolding()])
+    trainer.validate(module, ckpt_path=folded_file, weights_only=True, verbose=False)
+    assert seen == ["width", "depth"]
+    assert module.on_load_checkpoint is own
+
+
+def test_a_folded_checkpoint_is_not_folded_again(folded_file: Path, tmp_path: Path) -> None:
+    class Mixed(FoldedLoading, Foreign):
+        pass
+
+    for of_class in (Foreign, Mixed):
+        folding, module = BatchNormFolding(dirpath=str(tmp_path / "again")), of_class(5)
+        with pytest.raises(FoldingError, match="folded already; fold the checkpoint that it was made of"):
+            folding.fold_checkpoint(idle_trainer(tmp_path), module, folded_file, weights_only=True)
+        assert any(isinstance(each, _BatchNorm) for each in module.modules())
+    assert not (tmp_path / "again").exists()
 
 
 # Saving ---------------------------------------------------------------------------------------------------------------
@@ -334,3 +380,66 @@ def test_a_module_is_saved_by_what_it_computes(folded_file: Path, foreign: Light
     """The rounding of the fold is the only difference: in the file is what ``fold_batchnorm`` gives, bit for bit."""
     expected: Tensor = plan_folding(foreign, (INPUTS,)).apply(foreign)(INPUTS)
     assert torch.equal(load_folded(Foreign, folded_file)(INPUTS), expected)
+
+
+# A folded module that goes on living ----------------------------------------------------------------------------------
+
+
+def assert_saves_its_plan(trainer: Trainer, module: LightningModule, path: Path, weights_only: bool) -> None:
+    trainer.save_checkpoint(path, weights_only=weights_only)
+    torch.testing.assert_close(load_folded(Foreign, path)(INPUTS), module.eval()(INPUTS))
+    with pytest.raises(RuntimeError, match="load_folded"):
+        Foreign.load_from_checkpoint(path)
+    # The module takes back what it saved.
+    trainer.validate(module, ckpt_path=path, weights_only=True, verbose=False)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_replaced_module_saves_its_plan_in_every_checkpoint(
+    weights_only: bool, tmp_path: Path, foreign: LightningModule
+) -> None:
+    # Trained on and folded anew, there is nothing left to fold: the structure is still that of the first plan.
+    for name in ("first.ckpt", "second.ckpt"):
+        folding = BatchNormFolding(replace=True)
+        trainer = idle_trainer(tmp_path, max_epochs=1, log_every_n_steps=1, callbacks=[folding])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="BatchNormFolding has nothing to fold")
+            trainer.fit(foreign.train())
+        assert bool(folding.plan.folds) is (name == "first.ckpt")
+        assert_saves_its_plan(trainer, foreign, tmp_path / name, weights_only)
+        torch.testing.assert_close(load_folded(Foreign, tmp_path / "folded.ckpt")(INPUTS), foreign.eval()(INPUTS))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_loaded_module_saves_its_plan_in_every_checkpoint(mixed: bool, folded_file: Path, tmp_path: Path) -> None:
+    class Mixed(FoldedLoading, Foreign):
+        pass
+
+    module, trainer = load_folded(Mixed if mixed else Foreign, folded_file), idle_trainer(tmp_path)
+    trainer.strategy.connect(module)
+    assert_saves_its_plan(trainer, module, tmp_path / "again.ckpt", weights_only=True)
+
+
+def test_a_loaded_module_is_copied_and_pickled_with_its_hooks(folded_file: Path, tmp_path: Path) -> None:
+    module = load_folded(BatchNormMLP, save(tmp_path, BatchNormMLP(n_hidden=(6,)).eval(), (torch.zeros(2, 3).long(),)))
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        trainer = idle_trainer(tmp_path)
+        trainer.strategy.connect(twin)
+        torch.nn.init.zeros_(twin.net.linear1.weight)
+        trainer.save_checkpoint(tmp_path / "twin.ckpt", weights_only=True)
+        assert not load_folded(BatchNormMLP, tmp_path / "twin.ckpt").net.linear1.weight.any()
+    assert module.net.linear1.weight.any()
+
+
+def test_a_class_loads_as_before_once_a_folded_file_is_loaded(folded_file: Path, tmp_path: Path) -> None:
+    class Own(Foreign):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            pass
+
+    own = Own.on_load_checkpoint
+    load_folded(Own, folded_file)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_folded(Own, folded_file, width=6)
+    load_folded(Foreign, folded_file)
+    assert vars(Own)["on_load_checkpoint"] is own
+    assert "on_load_checkpoint" not in vars(Foreign)

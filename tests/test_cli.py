@@ -84,6 +84,11 @@ def command(root: Path, *args: object) -> Run:
     return runs[0]
 
 
+def fold(checkpoint: Path, output: Path, *args: object) -> None:
+    """Fold a checkpoint in this process."""
+    main(["fold", "--ckpt_path", str(checkpoint), "--output", str(output), *map(str, args), *QUIET])
+
+
 def leaves(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     """Run a command that fails, and return what it says about that."""
     with pytest.raises(SystemExit) as exit_:
@@ -161,6 +166,8 @@ def test_the_numbers_are_in_the_event_file_at_the_last_step(trained: Run) -> Non
 def test_the_folded_checkpoint_tests_as_the_original_does(trained: Run) -> None:
     paths = [trained.directory / name for name in ("folded.ckpt", "checkpoints/last.ckpt")]
     folded, original = (command(trained.root / "test", "test", "--ckpt_path", path) for path in paths)
+    # What is only measured has nothing to write.
+    assert not (trained.root / "test").exists()
     assert folded.metrics.keys() == {"test/loss", "test/perplexity", "test/accuracy", "test/top5"}
     assert folded.metrics == pytest.approx(original.metrics, rel=1e-5)
     assert not [key for key in folded.module.state_dict() if "norm" in key]
@@ -182,9 +189,10 @@ def test_two_runs_with_one_seed_are_the_same(smoke: Run, tmp_path: Path) -> None
 def test_folding_a_checkpoint_is_what_fit_did(smoke: Run, tmp_path: Path) -> None:
     last = smoke.directory / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
-    command(tmp_path, "fold", "--ckpt_path", last, "--folding.dirpath", tmp_path / "folded")
+    fold(last, tmp_path / "folded")
     folded, of_fit = torch.load(tmp_path / "folded" / "folded.ckpt", weights_only=True), smoke.state("folded.ckpt")
-    for key in ("state_dict", "batchnorm_folding", "hyper_parameters"):
+    assert folded.keys() == of_fit.keys()
+    for key in folded:
         assert equal(folded[key], of_fit[key]), key
     report = json.loads((tmp_path / "folded" / "folding.json").read_text())
     assert report.pop("weights") == f"checkpoint {last}"
@@ -325,7 +333,7 @@ def test_statistics_are_reestimated_and_the_folded_network_exported_on_request(t
     assert "folding/before_reestimation/val/loss" in run.metrics
     # Of a checkpoint that exists, from batches that another run draws at its beginning.
     last = run.directory / "checkpoints" / "last.ckpt"
-    command(tmp_path, "fold", "--ckpt_path", last, "--folding.reestimate_batches", 2, "--folding.dirpath", tmp_path)
+    fold(last, tmp_path, "--folding.reestimate_batches", 2)
     report = json.loads((tmp_path / "folding.json").read_text())
     assert report["reestimated"]["batches"] == 2
     assert report["reestimated"]["before"] == pytest.approx(run.report["reestimated"]["before"])
@@ -354,12 +362,13 @@ def test_training_does_not_go_on_from_a_folded_checkpoint(
     assert "\n" not in said
 
 
-def test_a_folded_checkpoint_is_not_folded_again(smoke: Run, tmp_path: Path) -> None:
-    """There is nothing left to fold: the same weights come out."""
-    path = smoke.directory / "folded.ckpt"
-    command(tmp_path, "fold", "--ckpt_path", path, "--folding.dirpath", tmp_path / "again")
-    again = torch.load(tmp_path / "again" / "folded.ckpt", weights_only=True)
-    assert equal(again["state_dict"], smoke.state("folded.ckpt")["state_dict"])
+def test_a_folded_checkpoint_is_not_folded_again(
+    smoke: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folded = smoke.directory / "folded.ckpt"
+    said = leaves(capsys, "fold", "--ckpt_path", folded, "--output", tmp_path / "again")
+    assert said == f"lit-bnfold: {folded} is folded already; fold the checkpoint that it was made of."
+    assert not (tmp_path / "again").exists()
 
 
 WRONG = {
@@ -372,7 +381,9 @@ WRONG = {
     "missing_checkpoint_to_fold": (["fold", "--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt"),
     "no_checkpoint": (["test", "--ckpt_path", "bad.txt"], "lit-bnfold: Expected a checkpoint of Lightning at bad.txt"),
     "nothing_to_go_on_from": (["fit", "--ckpt_path", "last"], "last.ckpt in"),
-    "fold_of_what": (["fold"], "ckpt_path"),
+    "fold_of_what": (["fold"], "lit-bnfold: Expected `--ckpt_path`, the checkpoint to fold."),
+    "fold_behind_its_arguments": (["--config", "few.yaml", "fold"], "lit-bnfold: Expected `fold` before its arguments"),
+    "fold_to_where": (["fold", "--folding.dirpath=x"], "lit-bnfold: Expected `--output`"),
     "unknown_flag": (["fit", "--nonsense", "3"], "--nonsense"),
     "wrong_type": (["fit", "--trainer.max_steps", "many"], "max_steps"),
     "no_subcommand": ([], "{fit,validate,test,fold"),
@@ -400,6 +411,7 @@ def test_a_mistake_is_named_in_a_sentence(
     monkeypatch.chdir(tmp_path)
     for file, content in (("empty", b""), ("bad", b"a\nb.c\n"), ("binary", b"a\xff\n"), ("few", b"ab\ncd\n")):
         (tmp_path / f"{file}.txt").write_bytes(content)
+    (tmp_path / "few.yaml").write_text("{}")
     args, sentence = WRONG[name]
     said = leaves(capsys, *args, *(QUIET if args[:1] in (["fit"], ["test"]) else []))
     assert sentence in said

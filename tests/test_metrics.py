@@ -165,3 +165,21 @@ def test_a_reset_metric_begins_again(make: Callable[..., Metric]) -> None:
     metric.update(*outputs(1))
     fresh.update(*outputs(1))
     assert metric.compute() == fresh.compute()
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_a_large_output_is_compared_to_its_end(odd: float) -> None:
+    """It is compared in pieces, and in another way where not every number is finite."""
+    original = torch.ones(3, 100_000)
+    folded = original.clone()
+    original[0, 0], folded[2, 99_998], original[2, 99_999] = 4.0, 3.0, 8.0
+    folded[0, 0], folded[2, 99_999] = 4.0, 8.0
+    error = OutputError()
+    error.update(folded, original)
+    assert {key: float(value) for key, value in error.compute().items()} == {"max_abs": 2.0, "max_rel": 0.25}
+    original[1, 7] = folded[1, 7] = odd
+    error.update(folded, original)
+    assert {key: float(value) for key, value in error.compute().items()} == {"max_abs": 2.0, "max_rel": 0.25}
+    folded[1, 7] = 1.0
+    error.update(folded, original)
+    assert float(error.compute()["max_abs"]) == torch.inf

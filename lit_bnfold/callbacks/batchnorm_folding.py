@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import shlex
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,19 @@ from lit_bnfold.callbacks.reestimation import Reestimation
 from lit_bnfold.callbacks.report import Report, make_report, print_report, scalars, write_report
 from lit_bnfold.callbacks.tensorboard import show_in_tensorboard
 from lit_bnfold.callbacks.validation import ValidationRun, first_training_batch, run_validation
-from lit_bnfold.checkpoint import save_folded, whole_file
+from lit_bnfold.checkpoint import (
+    FoldedLoading,
+    one_file,
+    progress_of_training,
+    save_folded,
+    stay_folded,
+    take_folded,
+    whole_file,
+)
 from lit_bnfold.folding import FoldingError, FoldingPlan
-from lit_bnfold.folding.copying import copy_model
+from lit_bnfold.folding.copying import copy_model, stand_in
 from lit_bnfold.folding.kinds import KINDS
+from lit_bnfold.folding.record import address_of
 from lit_bnfold.folding.rewrite import folded_in_place
 
 _Validate = Callable[[Sequence[Callback]], ValidationRun | None]
@@ -38,7 +48,14 @@ _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, t
 # On cuda, float32 convolutions and products may be computed with the ten bits of TF32.
 _TF32_TOLERANCE = 1e-2
 
-_SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+# How to come by a checkpoint that `lit-bnfold fold` takes. Lightning's command does not know what ModelParallel writes.
+_SHARDED_STRATEGIES = {
+    "FSDPStrategy": "the sharded directory as it is, or the file that "
+    "`python -m lightning.pytorch.utilities.consolidate_checkpoint` makes of it",
+    "ModelParallelStrategy": "the sharded directory as it is",
+    "DeepSpeedStrategy": "the file that `lightning.pytorch.utilities.deepspeed."
+    "convert_zero_checkpoint_to_fp32_state_dict` makes of the directory",
+}
 
 
 class BatchNormFolding(Callback):
@@ -124,6 +141,8 @@ class BatchNormFolding(Callback):
         self.plan: FoldingPlan | None = None
         self.report: Report | None = None
         self.folded_module: LightningModule | None = None
+        self._progress: dict[str, Any] = {}
+        self._load_as_before: Callable[[], None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and go to the end of the line: what the other callbacks do comes first.
@@ -133,20 +152,28 @@ class BatchNormFolding(Callback):
             ModuleNotFoundError: If an export needs what is not installed.
             NotADirectoryError: If ``dirpath`` is a file.
         """
+        self._end_taking_folded()
+        if not isinstance(pl_module, FoldedLoading):
+            # The checkpoint that this run begins from, if it is folded, is loaded next.
+            self._load_as_before = take_folded(pl_module)
         if stage != "fit":
             return
         check_extras(self.export)
         self.plan = self.report = self.folded_module = None
-        if self.dirpath is not None and Path(self.dirpath).is_file():
-            raise NotADirectoryError(f"dirpath: expected a directory, found a file at {self.dirpath}.")
+        self._check_dirpath()
         strategy = type(trainer.strategy).__name__
         if strategy in _SHARDED_STRATEGIES:
-            raise FoldingError(f"BatchNormFolding needs whole weights on every device; {strategy} shards them.")
+            raise FoldingError(
+                f"BatchNormFolding needs whole weights on every device, and {strategy} shards them: train without it, "
+                "and fold a checkpoint afterwards with `lit-bnfold fold --ckpt_path CHECKPOINT --model "
+                f"some.module.Class`, which takes {_SHARDED_STRATEGIES[strategy]}."
+            )
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say if there is nothing to fold, now that the module has built whatever it builds late."""
+        self._end_taking_folded()
         if not any(KINDS.batchnorm(module) for module in pl_module.modules()):
             rank_zero_warn(f"BatchNormFolding has nothing to fold: {type(pl_module).__name__} has no BatchNorm.")
 
@@ -162,15 +189,29 @@ class BatchNormFolding(Callback):
         self._log(trainer)
         self._tell_failed_exports()
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        self._end_taking_folded()
+
+    def _end_taking_folded(self) -> None:
+        if self._load_as_before is not None:
+            self._load_as_before()
+        self._load_as_before = None
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to fold what an interrupted training has left."""
-        paths = [getattr(callback, "last_model_path", "") for callback in trainer.checkpoint_callbacks]
-        path = next(filter(None, paths), None)
-        if self.plan is None and path is not None:
-            rank_zero_info(
-                f"Nothing was folded. To fold the last checkpoint: lit-bnfold fold --ckpt_path {shlex.quote(path)}\n"
-                f"With a module of your own: BatchNormFolding().fold_checkpoint(trainer, module, {path!r})"
-            )
+        self._end_taking_folded()
+        # Not every checkpoint callback keeps a last one.
+        kinds, savers = ("last", "best"), trainer.checkpoint_callbacks
+        found = ((kind, getattr(saver, f"{kind}_model_path", "")) for kind in kinds for saver in savers)
+        kind, path = next((each for each in found if each[1]), ("", ""))
+        if self.plan is None and path:
+            command = ["lit-bnfold", "fold", "--ckpt_path", path]
+            for flag, owner in (("--model", pl_module), ("--data", trainer.datamodule)):  # type: ignore[attr-defined]
+                # The command knows the classes of this package.
+                if owner is not None and not type(owner).__module__.startswith("lit_bnfold."):
+                    command += [flag, _import_path(type(owner))]
+            rank_zero_info(f"Nothing was folded. To fold the {kind} checkpoint: {shlex.join(command)}")
 
     def fold_checkpoint(
         self,
@@ -178,39 +219,74 @@ class BatchNormFolding(Callback):
         pl_module: LightningModule,
         ckpt_path: str | Path,
         datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
     ) -> None:
         """Fold a checkpoint that exists, with the same proof and the same files as at the end of a training.
 
         Args:
             trainer: A Trainer that is doing nothing else.
             pl_module: A module of the class that was trained; it gets the checkpoint's weights.
-            ckpt_path: The checkpoint.
+            ckpt_path: The checkpoint: a file, or the directory that FSDP or ModelParallel wrote. The files go beside it
+                unless ``dirpath`` is set.
             datamodule: Where the validation data comes from, if not from the module.
+            weights_only: Whether to read nothing but tensors and plain values of the checkpoint; None as for
+                ``trainer.validate``.
 
         Raises:
-            FoldingError: If the versions do not agree, or an export fails, and ``on_mismatch`` is ``raise``.
+            FoldingError: If the checkpoint is folded already; if the versions do not agree, or an export fails, and
+                ``on_mismatch`` is ``raise``.
             ModuleNotFoundError: If an export needs what is not installed.
+            NotADirectoryError: If ``dirpath`` is a file.
+
+        Example:
+            >>> from lit_bnfold import BatchNormMLP, NamesDataModule
+            >>> def fold(path: str) -> None:
+            ...     trainer, module, data = Trainer(logger=False), BatchNormMLP(), NamesDataModule()
+            ...     BatchNormFolding(dirpath="folded").fold_checkpoint(trainer, module, path, data)
         """
         check_extras(self.export)
+        self._check_dirpath()
         directory = Path(self.dirpath or Path(ckpt_path).parent)
         others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        path = str(ckpt_path)
+        is_loaded = False
 
         def validate(callbacks: Sequence[Callback]) -> ValidationRun:
-            nonlocal path
+            nonlocal is_loaded
             trainer.callbacks = [*others, *callbacks]  # type: ignore[attr-defined]
+            kwargs: dict[str, Any] = {"datamodule": datamodule, "verbose": False}
             try:
                 # Both versions draw the same random numbers.
                 with isolate_rng():
-                    trainer.validate(pl_module, datamodule=datamodule, ckpt_path=path or None, verbose=False)
+                    if is_loaded:  # The weights stay in the module for the second run, be they folded then.
+                        trainer.validate(pl_module, **kwargs)
+                    else:
+                        self._validate_checkpoint(trainer, pl_module, ckpt_path, weights_only, **kwargs)
             finally:
                 trainer.callbacks = others  # type: ignore[attr-defined]
-            path = ""  # The weights stay in the module for the second run, be they folded then.
+            is_loaded = True
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
             return ValidationRun(metrics, tuple(int(batches) for batches in trainer.num_val_batches))
 
-        self._fold(trainer, pl_module, validate, directory, f"checkpoint {ckpt_path}")
+        try:
+            self._fold(trainer, pl_module, validate, directory, f"checkpoint {ckpt_path}")
+        finally:
+            self._progress = {}
         self._tell_failed_exports()
+
+    def _check_dirpath(self) -> None:
+        if self.dirpath is not None and Path(self.dirpath).is_file():
+            raise NotADirectoryError(f"dirpath: expected a directory, found a file at {self.dirpath}.")
+
+    def _validate_checkpoint(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        ckpt_path: str | Path,
+        weights_only: bool | None,
+        **kwargs: Any,
+    ) -> None:
+        with one_file(ckpt_path, weights_only) as path, progress_of_training(pl_module) as self._progress:
+            trainer.validate(pl_module, ckpt_path=path, weights_only=weights_only, **kwargs)
 
     def _fold(
         self, trainer: Trainer, pl_module: LightningModule, validate: _Validate, directory: Path, weights: str
@@ -245,6 +321,7 @@ class BatchNormFolding(Callback):
                 self._run_example(trainer, pl_module, original)
         plan = original.plan()
         folded = LayerWitness(pl_module, plan)
+        trained = {address_of(parameter) for parameter in pl_module.parameters()}
         unfolded, start = runnable_copy(pl_module, trainer), time.perf_counter()
         with folded_in_place(plan, pl_module):
             with folded, first_call(pl_module) as calls:
@@ -259,7 +336,7 @@ class BatchNormFolding(Callback):
             self.report = make_report(plan, layer_errors, runs, outputs, weights, tolerance, folded.stray, reestimated)
             if self.report["mismatch"] is None:
                 measure = partial(measure_inference, trainer, unfolded, validation_seconds=seconds)
-                self._write(trainer, pl_module, plan, directory, calls, measure)
+                self._write(trainer, pl_module, plan, directory, calls, trained, measure)
         if self.report["mismatch"] is None and trainer.state.fn == "fit":
             show_in_tensorboard(trainer, self.report, unfolded, self.folded_module, calls)
         self.plan = plan
@@ -297,21 +374,25 @@ class BatchNormFolding(Callback):
         plan: FoldingPlan,
         directory: Path,
         calls: Sequence[Call],
+        trained: Collection[int | None],
         measure: Callable[[LightningModule | None, Sequence[Call]], Inference],
     ) -> None:
         """Write the files while the module is folded, and keep a copy of it."""
         assert self.report is not None
-        folded = _copy(pl_module)
+        folded = _copy(pl_module, trained)
         # A `fast_dev_run` leaves no files, and must not replace those of a real one.
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            save_folded(trainer, pl_module, plan, directory / "folded.ckpt")
+            report, page = directory / "folding.json", directory / "folding.html"
+            # The report comes last and goes first: where it lies, it tells of the files beside it.
+            outdated = [report, page, *(directory / name for name in FILES.values())]
+            save_folded(trainer, pl_module, plan, directory / "folded.ckpt", self._progress, outdated)
             tolerance = self.tolerance or _dtype_tolerance(pl_module)
             self.report["exports"] = export_files(self.export, trainer, folded, calls, directory, tolerance)
             self.report["inference"] = measure(folded, calls)
-            with whole_file(directory / "folding.html", trainer) as part:
+            with whole_file(page, trainer) as part:
                 if trainer.is_global_zero:
                     write_html(self.report, part)
-            with whole_file(directory / "folding.json", trainer) as part:
+            with whole_file(report, trainer) as part:
                 if trainer.is_global_zero:
                     write_report(self.report, part)
         self.folded_module = folded
@@ -336,6 +417,7 @@ class BatchNormFolding(Callback):
             rank_zero_warn(f"{message} The unfolded module stands; nothing was written.")
         elif self.replace:
             self.plan.apply(pl_module, inplace=True)
+            stay_folded(pl_module, self.plan)
             self.folded_module = pl_module
         if self.report["moved"] and self.report["mismatch"] is None:
             moved = ", ".join(self.report["moved"])
@@ -371,6 +453,7 @@ class BatchNormFolding(Callback):
         pl_module.on_load_checkpoint(checkpoint)
         try:
             pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+            del checkpoint  # as large as the module, and its optimizer's state as well
             yield f"best: {path}"
         finally:
             if self.folded_module is not pl_module:
@@ -409,17 +492,29 @@ class BatchNormFolding(Callback):
         self.report = state_dict or None
 
 
+def _import_path(of_class: type[Any]) -> str:
+    module = of_class.__module__
+    if module == "__main__":
+        # The script that is running, as another process imports it.
+        module = Path(getattr(sys.modules[module], "__file__", None) or module).stem
+    return f"{module}.{of_class.__qualname__}"
+
+
 def _copy_numbers(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(source[name])
 
 
-def _copy(pl_module: LightningModule) -> LightningModule | None:
-    """A copy in eval mode, without the Trainer; None for a module that cannot be copied, such as one with a lock."""
+def _copy(pl_module: LightningModule, trained: Collection[int | None]) -> LightningModule | None:
+    """A copy in eval mode, without the Trainer; None for a module that cannot be copied, such as one with a lock.
+
+    It takes over what the fold made, which the module itself is about to drop, and copies what was ``trained``.
+    """
+    made = (parameter for parameter in pl_module.parameters() if address_of(parameter) not in trained)
     trainer, pl_module.trainer = pl_module.trainer, None
     try:
-        return copy_model(pl_module).eval()
+        return copy_model(pl_module, {id(parameter): stand_in(parameter) for parameter in made}).eval()
     except FoldingError as error:
         rank_zero_warn(f"{error} BatchNormFolding has no folded_module; load_folded makes one of the file.")
         return None

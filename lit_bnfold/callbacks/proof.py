@@ -6,6 +6,7 @@ the module does with its networks whatever its own ``validation_step`` does.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -112,6 +113,7 @@ class GraphWitness(Witness):
         """Begin to watch whatever the module does next in this thread."""
         # Made late, when the weights are loaded, and before other hooks are there that it would take for the module's.
         self._recorder = self._recorder or Recorder(self.pl_module)
+        self._watching.enter_context(_old_objects_set_aside())
         super().watch()
         self._watching.enter_context(self._recorder)
 
@@ -211,6 +213,22 @@ def _kind(layer: nn.Module, part: Part) -> LayerKind:
     kind = KINDS.layer(layer, part.function)
     assert kind is not None
     return kind
+
+
+@contextmanager
+def _old_objects_set_aside() -> Iterator[None]:
+    """Let the garbage collector, which the recorder asks what outlives a batch, look at what is made in here alone.
+
+    To look at everything that a process has loaded takes longer than many a validation.
+    """
+    if gc.get_freeze_count() > 0:  # Somebody else has set objects aside, and wants to keep them there.
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

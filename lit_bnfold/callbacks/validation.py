@@ -33,6 +33,7 @@ from torch.optim.optimizer import (
 from torchmetrics import Metric
 
 from lit_bnfold.folding import FoldingError
+from lit_bnfold.folding.record import WITHOUT_TENSORS
 
 _GENERATORS = (torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState)
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
@@ -320,7 +321,8 @@ def _module_parts(trainer: Trainer, pl_module: LightningModule) -> Iterator[obje
             if type(part) in _CONTAINERS:
                 yield part
             inner = part.values() if isinstance(part, dict) else part
-            pending += (thing for thing in inner if isinstance(thing, _OPENED))
+            # The first question is the quick one: torch asks its Generator's class in Python.
+            pending += (thing for thing in inner if type(thing) not in WITHOUT_TENSORS and isinstance(thing, _OPENED))
 
 
 @dataclass(frozen=True)

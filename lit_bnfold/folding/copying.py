@@ -61,7 +61,8 @@ def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
     """
     modules, memo = list(_inside_first(model, set())), memo or {}
     passed_on = {id(other) for other in memo.values()}
-    known = {id(tensor): tensor.detach().clone() for tensor in tensors_in(_held(modules)) if not tensor.is_leaf} | memo
+    held = [value for module in modules for value in vars(module).values() if not _is_bare(value)]
+    known = {id(tensor): tensor.detach().clone() for tensor in tensors_in(held) if not tensor.is_leaf} | memo
     try:
         copied = _deepcopy(model, modules, known)
     except Exception as error:
@@ -74,18 +75,6 @@ def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
     if any(id(part) in parts for module in copied.modules() for part in _parts(module)):
         raise FoldingError("The model cannot be copied: its copy holds parts of the model itself.")
     return copied
-
-
-def _held(modules: Sequence[nn.Module]) -> list[Any]:
-    """What the modules hold and what could hold tensors, apart from each other."""
-    held: list[Any] = []
-    for module in modules:
-        for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers"):
-                held += value.values()
-            elif key != "_modules" and not _is_bare(value):
-                held.append(value)
-    return held
 
 
 def _parts(module: nn.Module) -> list[Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -581,6 +584,25 @@ def test_a_later_checkpoint_holds_the_report(tmp_path: Path) -> None:
     assert again.report["validation"] != folding.report["validation"]
 
 
+@pytest.mark.parametrize("kind", [TwoNetworks, Attributes, Convolutional])
+def test_the_folded_module_shares_no_memory_with_the_trained_one(
+    kind: type[Tiny], tmp_path: Path, randomised: Randomised
+) -> None:
+    """It takes over what the fold made, and nothing that the module has after it."""
+    module, folding = randomised(kind()), BatchNormFolding()
+    fit(tmp_path, module, folding)
+    addresses = [
+        {tensor.untyped_storage().data_ptr() for tensor in (*each.parameters(), *each.buffers())}
+        for each in (module, folding.folded_module)
+    ]
+    assert addresses[0].isdisjoint(addresses[1])
+    expected, inputs = folding.folded_module(torch.ones(3, 4)), torch.ones(3, 4)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    assert torch.equal(folding.folded_module(inputs), expected)
+
+
 def test_a_second_fit_begins_with_nothing_folded(tmp_path: Path) -> None:
     class Failing(Tiny):
         def on_train_start(self) -> None:
@@ -869,6 +891,63 @@ def test_a_failure_to_write_leaves_the_module_whole(
     assert "folding.json" not in files_in(tmp_path)
 
 
+class Full(Watched):
+    """Writes to a disk on which no file may become larger than so many bytes."""
+
+    def _write(self, *args: Any) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+        try:
+            super()._write(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_named_with_the_file_and_costs_nothing_but_the_fold(
+    tmp_path: Path, randomised: Randomised, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, folding = randomised(Tiny()), Full(dirpath=str(tmp_path / "folded"))
+    message = rf"File too large: '{tmp_path / 'folded' / 'folded.ckpt'}'"
+    with pytest.raises(OSError, match=message):
+        fit(tmp_path, module, folding, enable_checkpointing=True)
+    assert folding.trace == []
+    assert files_in(tmp_path / "folded") == set()
+    assert folding.folded_module is None
+    (path,) = tmp_path.rglob("*.ckpt")
+    assert f"Nothing was folded. To fold the best checkpoint: lit-bnfold fold --ckpt_path {path}" in caplog.text
+
+    # With room on the disk, what the message says works.
+    class Validating(Tiny):
+        def val_dataloader(self) -> Any:
+            return loader()
+
+    again = BatchNormFolding()
+    trainer = quiet_trainer(tmp_path, callbacks=[again], enable_checkpointing=True)
+    again.fold_checkpoint(trainer, Validating(), path)
+    assert {"folded.ckpt", "folding.json"} <= files_in(path.parent)
+
+
+def test_a_full_disk_leaves_the_files_of_an_older_run(tmp_path: Path, randomised: Randomised) -> None:
+    fit(tmp_path, randomised(Tiny()), BatchNormFolding())
+    before = {name: (tmp_path / name).read_bytes() for name in ("folded.ckpt", "folding.json")}
+    with pytest.raises(OSError, match="File too large"):
+        fit(tmp_path, randomised(Tiny()), Full())
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path, randomised: Randomised) -> None:
+    """Nor can one be written into; that no test can arrange which may run as root."""
+    (tmp_path / "file").write_text("in the way")
+    module, folding = randomised(Tiny()), Watched(dirpath=str(tmp_path / "file" / "below"))
+    with pytest.raises(NotADirectoryError, match=rf"Not a directory: '{tmp_path / 'file' / 'below'}'"):
+        fit(tmp_path, module, folding, enable_checkpointing=True)
+    assert folding.trace == []
+    assert folding.folded_module is None
+    (path,) = tmp_path.rglob("*.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 6
+    assert files_in(tmp_path) == {"file", path.name}
+
+
 def test_nothing_to_validate_on_and_no_example_that_runs_is_said_in_a_sentence(tmp_path: Path) -> None:
     class NoForward(Tiny):
         forward = None
@@ -1062,3 +1141,23 @@ def test_two_processes_fold_together(strategy: str, tmp_path: Path, randomised: 
     folded = load_folded(Gathering, tmp_path / "folded.ckpt")
     torch.testing.assert_close(folded(inputs)[0], module.eval()(inputs)[0], rtol=0, atol=1e-5)
     assert float(trainer.callback_metrics["folding/folds"]) == 1.0
+
+
+# Interrupted ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_that_folds_an_interrupted_training_names_its_classes(caplog: pytest.LogCaptureFixture) -> None:
+    class Script(Tiny):
+        __module__ = "__main__"
+        __qualname__ = "Script"
+
+    class Rows(LightningDataModule):
+        __qualname__ = "Rows"
+
+    saved = argparse.Namespace(last_model_path="a directory/last.ckpt")
+    trainer = argparse.Namespace(checkpoint_callbacks=[saved], datamodule=Rows())
+    with caplog.at_level("INFO"):
+        BatchNormFolding().on_exception(trainer, Script(), KeyboardInterrupt())  # type: ignore[arg-type]
+    script = Path(sys.modules["__main__"].__file__).stem
+    command = f"lit-bnfold fold --ckpt_path 'a directory/last.ckpt' --model {script}.Script --data {__name__}.Rows"
+    assert caplog.messages[-1] == f"Nothing was folded. To fold the last checkpoint: {command}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -286,3 +287,59 @@ def test_whole_numbers_are_left_out_and_nested_outputs_are_found(randomised: Ran
             module.net[0].bias += 1.0
         folded = watched(Witness(module), inputs)
     assert output_error(plan, original, folded)["max_abs"] == pytest.approx(1.0)
+
+
+def test_a_layer_that_holds_another_folded_layer_is_compared_as_well(randomised: Randomised) -> None:
+    class Outer(nn.Module):
+        """Asks the layer inside before it computes by itself."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(5))
+            self.inner = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh())
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return nn.functional.linear(self.inner(inputs), self.weight, self.bias)
+
+    class Nested(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(Outer(), nn.BatchNorm1d(5))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.net(inputs)
+
+    network = randomised(Nested()).double().eval()
+    assert isinstance(network, Nested)
+    plan, _, folded, _ = measured(network)
+    assert [fold.layers for fold in plan.folds] == [("net.0.inner.0",), ("net.0",)]
+    assert all(folded.error_of(fold)["max_rel"] < 1e-12 for fold in plan.folds)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_garbage_collector_is_left_as_it_was(network: Network, frozen: bool) -> None:
+    if frozen:
+        gc.freeze()
+    try:
+        watched(GraphWitness(network), rows())
+        assert (gc.get_freeze_count() > 0) == frozen
+    finally:
+        gc.unfreeze()
+
+
+def test_what_waits_for_the_garbage_collector_does_not_keep_a_batchnorm(randomised: Randomised) -> None:
+    class Littering(Network):
+        def forward(self, inputs: Tensor) -> Tensor:
+            circle: list[Any] = [self.alone(inputs)]
+            circle.append(circle)
+            hidden = torch.tanh(self.alone_norm(circle[0]))
+            hidden = torch.tanh(self.joined_norm(torch.cat([self.left(hidden), self.right(hidden)], dim=1)))
+            return self.sum_norm(self.one(hidden) + self.other(hidden))
+
+    network = randomised(Littering()).double().eval()
+    assert isinstance(network, Network)
+    gc.disable()  # Else it might come along by itself.
+    try:
+        assert len(watched(GraphWitness(network), rows()).plan().folds) == 3
+    finally:
+        gc.enable()

@@ -872,6 +872,38 @@ def test_layer_used_inside_a_custom_operation_keeps_the_batchnorm(judge: Judge, 
     judge(model, X, kept={"bn": "aliased"})
 
 
+def test_custom_operation_on_constants_may_give_something_else_next_time(judge: Judge, net: Any) -> None:
+    @torch.library.custom_op("lit_bnfold_tests::count", mutates_args=())
+    def count(x: Tensor) -> Tensor:
+        return x + 1
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.bn(m.fc(x)) if count(torch.zeros(1)).item() else x  # type: ignore[no-any-return]
+
+    judge(net(forward), X, kept={"bn": "python-value"})
+
+
+@pytest.mark.parametrize("unheard", [torch._C.DisableTorchFunction, torch._C._DisableTorchDispatch])
+def test_weight_that_is_read_where_only_one_witness_hears_keeps_the_batchnorm(
+    unheard: Any, judge: Judge, net: Any
+) -> None:
+    class Below(nn.Linear):
+        def forward(self, x: Tensor, below: bool = False) -> Tensor:
+            if not below:
+                return F.linear(x, self.weight, self.bias)
+            # What Python reads is no operation, and what goes straight to the dispatcher is no function of a layer.
+            if unheard is torch._C.DisableTorchFunction:
+                return x.sum() * self.weight.tolist()[0][0]  # type: ignore[no-any-return]
+            return torch.ops.aten.linear(x, self.weight)  # type: ignore[no-any-return]
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y: Tensor = m.bn(m.fc(x))
+        with unheard():
+            return y + m.fc(x, below=True)
+
+    judge(net(forward, fc=Below(3, 4), bn=nn.BatchNorm1d(4)), X, kept={"bn": "aliased"})
+
+
 def test_custom_operation_that_reads_the_output_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
     @torch.library.custom_op("lit_bnfold_tests::double", mutates_args=())
     def double(h: Tensor) -> Tensor:

@@ -326,30 +326,44 @@ def test_copy_that_forgets_its_mode_is_put_into_it(net: Any, randomised: Randomi
     agree(model, folded, [(X,), (X[:2],)])
 
 
-def test_copies_share_what_the_originals_share() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first: dict[str, Any] = {}
-            self.second = self.first
-            self.empty: list[Any] = []
-            self.layer = nn.Linear(2, 2)
-            self.same = [self.layer, self.layer.weight, self.first]
-            self.name = "odd"
+class Sharing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, Any] = {}
+        self.second = self.first
+        self.filled: dict[str, Any] = {"numbers": [1.0], "first": self.first}
+        self.filled["itself"] = self.filled
+        self.again = self.filled
+        self.by_layer: dict[nn.Module, Any] = {}
+        self.empty: list[Any] = []
+        self.layer = nn.Linear(2, 2)
+        self.by_layer[self.layer] = [2.0]
+        self.same = [self.layer, self.layer.weight, self.first]
+        self.name = "odd"
 
-        def __setstate__(self, state: dict[str, Any]) -> None:
-            super().__setstate__(state)
-            self.name = self.name + self.layer.__class__.__name__
 
-    model = nn.Sequential(Odd(), nn.ReLU())
-    copied = copy_model(model)[0]
-    assert copied.first is copied.second is copied.same[2]
-    assert copied.first is not model[0].first
-    assert copied.same[0] is copied.layer is not model[0].layer
+class Odd(Sharing):
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.name = self.name + self.layer.__class__.__name__
+
+
+@pytest.mark.parametrize("kind", [Sharing, Odd])
+def test_copies_share_what_the_originals_share(kind: type[Sharing]) -> None:
+    original = kind()
+    copied = copy_model(nn.Sequential(original, nn.ReLU()))[0]
+    assert copied.first is copied.second is copied.same[2] is copied.filled["first"]
+    assert copied.first is not original.first
+    assert copied.filled is copied.again is copied.filled["itself"] is not original.filled
+    assert copied.filled["numbers"] == original.filled["numbers"]
+    assert copied.filled["numbers"] is not original.filled["numbers"]
+    assert copied.by_layer == {copied.layer: [2.0]}
+    assert copied.by_layer[copied.layer] is not original.by_layer[original.layer]
+    assert copied.same[0] is copied.layer is not original.layer
     assert copied.same[1] is copied.layer.weight
     assert copied.empty == []
-    assert copied.empty is not model[0].empty
-    assert copied.name == "oddLinear"
+    assert copied.empty is not original.empty
+    assert copied.name == ("odd" if kind is Sharing else "oddLinear")
 
 
 def test_copy_shares_no_memory_with_the_original_through_other_references(net: Any, randomised: Randomised) -> None:
