@@ -812,7 +812,7 @@ def test_two_callbacks_for_the_last_and_the_best_weights_keep_apart(tmp_path: Pa
     assert last.state_key != best.state_key
     with pytest.warns(UserWarning, match="found no best checkpoint"):
         fit(tmp_path, randomised(Tiny()), last, callbacks=[best])
-    assert {"folded.ckpt", "folding.json"} <= files_in(tmp_path)
+    assert {"folded.ckpt", "folding.html", "folding.json"} <= files_in(tmp_path)
 
 
 @pytest.mark.usefixtures("wrong_algebra")
@@ -924,12 +924,12 @@ def test_a_full_disk_is_named_with_the_file_and_costs_nothing_but_the_fold(
     again = BatchNormFolding()
     trainer = quiet_trainer(tmp_path, callbacks=[again], enable_checkpointing=True)
     again.fold_checkpoint(trainer, Validating(), path)
-    assert {"folded.ckpt", "folding.json"} <= files_in(path.parent)
+    assert {"folded.ckpt", "folding.html", "folding.json"} <= files_in(path.parent)
 
 
 def test_a_full_disk_leaves_the_files_of_an_older_run(tmp_path: Path, randomised: Randomised) -> None:
     fit(tmp_path, randomised(Tiny()), BatchNormFolding())
-    before = {name: (tmp_path / name).read_bytes() for name in ("folded.ckpt", "folding.json")}
+    before = {name: (tmp_path / name).read_bytes() for name in ("folded.ckpt", "folding.html", "folding.json")}
     with pytest.raises(OSError, match="File too large"):
         fit(tmp_path, randomised(Tiny()), Full())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

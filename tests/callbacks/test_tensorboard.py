@@ -23,6 +23,7 @@ from tensorboard.plugins.hparams.metadata import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
+from torchmetrics import MeanMetric, MetricCollection
 
 from lit_bnfold import BatchNormFolding
 from lit_bnfold.callbacks.tensorboard import markdown
@@ -45,6 +46,7 @@ class Small(LightningModule):
         self.norms = nn.ModuleDict({name: nn.BatchNorm1d(width)})
         self.second = nn.Linear(width, 3)
         self.last = nn.BatchNorm1d(3)
+        self.metrics = MetricCollection({"mean": MeanMetric()})
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         (norm,) = self.norms.values()
