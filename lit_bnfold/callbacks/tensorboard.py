@@ -21,7 +21,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
-from torchmetrics import Metric, MetricCollection
 
 from lit_bnfold.callbacks.export import Call, quietly, reason_of
 from lit_bnfold.callbacks.inference import runnable_copy
@@ -129,19 +128,10 @@ def _traced(trainer: Trainer, pl_module: LightningModule, call: Call) -> tuple[A
         raise FoldingError(f"its forward takes {', '.join(arguments.kwargs)} by keyword only")
     module = runnable_copy(pl_module)
     assert module is not None
-    _drop_metrics(module)
     # Tracing reads every property, also those that a LightningModule has with a Trainer only.
     module.trainer = trainer
     # What add_graph would trace by itself it would also run once more, to compare.
     return torch.jit.trace(module, arguments.args, strict=False, check_trace=False), arguments.args
-
-
-def _drop_metrics(module: nn.Module) -> None:
-    """Take out what no forward calls, and what tracing would spend half of its time on."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, (Metric, MetricCollection)):
-                delattr(parent, name)
 
 
 def _add_graphs(logger: TensorBoardLogger, graphs: dict[str, tuple[Any, tuple[Any, ...]]]) -> None:
