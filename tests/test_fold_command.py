@@ -235,7 +235,7 @@ def test_a_class_of_the_current_directory_is_folded_with_the_hyperparameters_of_
     assert written["epoch"] == original["epoch"] == 2
     report = json.loads((tmp_path / "folding.json").read_text())
     assert report["weights"] == f"checkpoint {checkpoint}"
-    assert {path.name for path in tmp_path.iterdir()} == {"any.ckpt", "folded.ckpt", "folding.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"any.ckpt", "folded.ckpt", "folding.html", "folding.json"}
 
 
 def test_the_installed_command_finds_the_classes_of_the_current_directory(
@@ -246,7 +246,7 @@ def test_the_installed_command_finds_the_classes_of_the_current_directory(
     command += ["--model=shop.nets.Net", *ROWS, *QUIET, "--output", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"folded.ckpt", "folding.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"folded.ckpt", "folding.html", "folding.json"}
 
 
 @pytest.mark.parametrize("width", ["--model.backbone.width=7", "--model.backbone.init_args.width=7"])

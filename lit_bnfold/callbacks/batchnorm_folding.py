@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shlex
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,9 +19,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lit_bnfold.callbacks.export import FILES, Call, Export, check_extras, export_files, first_call
+from lit_bnfold.callbacks.html_report import write_html
+from lit_bnfold.callbacks.inference import Inference, measure_inference, runnable_copy
 from lit_bnfold.callbacks.proof import GraphWitness, LayerWitness, Witness, output_error
 from lit_bnfold.callbacks.reestimation import Reestimation
 from lit_bnfold.callbacks.report import Report, make_report, print_report, scalars, write_report
+from lit_bnfold.callbacks.tensorboard import show_in_tensorboard
 from lit_bnfold.callbacks.validation import ValidationRun, first_training_batch, run_validation
 from lit_bnfold.checkpoint import (
     FoldedLoading,
@@ -59,8 +63,13 @@ class BatchNormFolding(Callback):
 
     When training ends, the module validates as it is and is watched on the first batch of each loader: that gives the
     plan. Then it is folded and validates again. Each folded layer is compared with BatchNorm after the unfolded layer
-    on the same inputs, and the outputs of both versions are compared. If they agree, ``folded.ckpt`` and
-    ``folding.json`` are written. Module and Trainer come out as they went in, unless ``replace`` is set.
+    on the same inputs, and the outputs of both versions are compared. If they agree, ``folded.ckpt``,
+    ``folding.html`` and ``folding.json`` are written. Module and Trainer come out as they went in, unless ``replace``
+    is set.
+
+    The report also says what folding saves: copies of both versions are run for a moment, at most a twentieth of the
+    time that a validation takes or 0.04 seconds, and never more than 2. A TensorBoardLogger gets both graphs, a chart
+    with both versions of each metric, the plan and more, under ``folding``.
 
     Args:
         weights: Which weights are folded: those of the ``last`` step, or those of the checkpoint callback's ``best``
@@ -321,9 +330,11 @@ class BatchNormFolding(Callback):
         plan = _in_all_processes(trainer, original.plan(), pl_module)
         folded = LayerWitness(pl_module, plan, self.tolerance)
         trained = {address_of(parameter) for parameter in pl_module.parameters()}
+        unfolded, start = runnable_copy(pl_module, trainer), time.perf_counter()
         with folded_in_place(plan, pl_module):
             with folded, first_call(pl_module) as calls:
                 after = validate([folded])
+                seconds = time.perf_counter() - start
                 if no_batch:
                     self._run_example(trainer, pl_module, folded)
             layer_errors = [folded.error_of(fold) for fold in plan.folds]
@@ -343,7 +354,10 @@ class BatchNormFolding(Callback):
             )
             self.report["mismatch"] = _in_any_process(trainer, self.report["mismatch"])
             if self.report["mismatch"] is None:
-                self._write(trainer, pl_module, plan, directory, calls, trained)
+                measure = partial(measure_inference, trainer, unfolded, validation_seconds=seconds)
+                self._write(trainer, pl_module, plan, directory, calls, trained, measure)
+        if self.report["mismatch"] is None and trainer.state.fn == "fit":
+            show_in_tensorboard(trainer, self.report, unfolded, self.folded_module, calls)
         self.plan = plan
         self._conclude(trainer, pl_module, directory)
 
@@ -380,20 +394,23 @@ class BatchNormFolding(Callback):
         directory: Path,
         calls: Sequence[Call],
         trained: Collection[int | None],
+        measure: Callable[[LightningModule | None, Sequence[Call]], Inference],
     ) -> None:
         """Write the files while the module is folded, and keep a copy of it."""
         assert self.report is not None
         folded = _copy(pl_module, trained)
         # A `fast_dev_run` leaves no files, and must not replace those of a real one.
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            report = directory / "folding.json"
+            report, page = directory / "folding.json", directory / "folding.html"
             # The report comes last and goes first: where it lies, it tells of the files beside it.
-            outdated = [report, *(directory / name for name in FILES.values())]
+            outdated = [report, page, *(directory / name for name in FILES.values())]
             save_folded(trainer, pl_module, plan, directory / "folded.ckpt", self._progress, outdated)
-            example = pl_module.example_input_array
-            calls = calls or ([] if example is None else [Call.of(example)])
             tolerance = self.tolerance or _dtype_tolerance(pl_module)
             self.report["exports"] = export_files(self.export, trainer, folded, calls, directory, tolerance)
+            self.report["inference"] = measure(folded, calls)
+            with whole_file(page, trainer) as part:
+                if trainer.is_global_zero:
+                    write_html(self.report, part)
             with whole_file(report, trainer) as part:
                 if trainer.is_global_zero:
                     write_report(self.report, part)
@@ -438,7 +455,7 @@ class BatchNormFolding(Callback):
         if self.report["mismatch"] is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             exported = [FILES[kind] for kind, result in self.report["exports"].items() if "failure" not in result]
             names = ", ".join(["folded.ckpt", *exported])
-            rank_zero_info(f"Wrote {names} and folding.json to {directory.absolute()}")
+            rank_zero_info(f"Wrote {names}, folding.html and folding.json to {directory.absolute()}")
 
     def _log(self, trainer: Trainer) -> None:
         assert self.report is not None

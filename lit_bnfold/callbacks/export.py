@@ -105,6 +105,12 @@ class Call:
                 return len(leaf)
         raise FoldingError("its arguments hold no tensor with a batch axis")
 
+    @property
+    def has_one_batch_axis(self) -> bool:
+        """Whether all tensors begin with an axis of the same length, and at least one of them has an axis."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return len({len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0}) == 1
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Call:
         """The call with something done to each of its tensors."""
         args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))
@@ -139,7 +145,8 @@ def first_call(module: torch.nn.Module) -> Iterator[list[Call]]:
         module: The module.
 
     Yields:
-        A list that the first call is put into, with its tensors copied to the CPU.
+        A list that the first call is put into, with its tensors copied to the CPU. If there is none, it holds the
+        module's ``example_input_array`` in the end, if it has one.
     """
     calls: list[Call] = []
 
@@ -152,6 +159,9 @@ def first_call(module: torch.nn.Module) -> Iterator[list[Call]]:
     hook = module.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield calls
+        example = getattr(module, "example_input_array", None)
+        if not calls and example is not None:
+            calls.append(Call.of(example))
     finally:
         hook.remove()
 
@@ -189,7 +199,7 @@ def export_files(
                 if trainer.is_global_zero:
                     results[export] = _export(export, folded, calls, part, tolerance)
         except Exception as error:
-            results[export] = {"failure": _reason(error)}
+            results[export] = {"failure": reason_of(error)}
     broadcast: dict[str, dict[str, Any]] = trainer.strategy.broadcast(results)
     return broadcast
 
@@ -205,7 +215,7 @@ def _export(
     # At least two, since torch takes an axis of length 1 for one that never varies.
     call = calls[0].of_size(min(max(calls[0].batch_size, 2), _MOST_ROWS))
     write, run = (_write_onnx, _run_onnx) if export == "onnx" else (_write_program, _run_program)
-    with _quietly(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with quietly(), torch.random.fork_rng(devices=[]), torch.no_grad():
         checks = _checks(module, call)
         write(module, call, call.dynamic_shapes(module), part)
         answers = run(part, [check.call for check in checks])
@@ -313,16 +323,16 @@ def _run_onnx(part: Path, calls: list[Call]) -> list[list[Tensor]]:
     return answers
 
 
-def _reason(error: BaseException) -> str:
-    """The error that began it all, in one line: exporters wrap theirs, and tell long stories."""
+def reason_of(error: BaseException) -> str:
+    """The error that began it all, in one line without a full stop: exporters wrap theirs, and tell long stories."""
     while error.__cause__ is not None:
         error = error.__cause__
-    said = shorten(str(error), _REASON_LENGTH, placeholder=" ...")
+    said = shorten(str(error).strip().removesuffix("."), _REASON_LENGTH, placeholder=" ...")
     return said if isinstance(error, FoldingError) else f"{type(error).__name__}: {said}"
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep what exporters have to say from the terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

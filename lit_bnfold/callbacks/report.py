@@ -14,6 +14,7 @@ import torch
 import torchmetrics
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import lit_bnfold
 from lit_bnfold.callbacks.export import FILES
@@ -21,6 +22,10 @@ from lit_bnfold.callbacks.validation import ValidationRun
 from lit_bnfold.folding import FoldingPlan
 
 Report = dict[str, Any]
+
+# What fits 80 columns twice, beside an error and the lines of a table.
+_LONGEST = 30
+_MOST_FOLDS, _MOST_KEPT = 20, 10
 
 _REESTIMATED_COLUMNS = ("re-estimated", "folded", "difference")
 
@@ -56,7 +61,8 @@ def make_report(
         ``moved`` names the metrics that moved by more than rounding explains, which alone is no mismatch: the loss of
         a perfect model is all rounding, and an accuracy jumps where two classes were equally likely. ``best_score``
         says whether the best weights validate as they did when they were saved; None for other weights, and where
-        validation does not log what they are the best by. ``exports`` is empty, and for whoever exports to fill.
+        validation does not log what they are the best by. ``exports`` and ``inference`` are empty, and for whoever
+        exports and measures to fill.
     """
     report: Report = {
         "folds": [
@@ -77,6 +83,7 @@ def make_report(
         "weights": weights,
         "reestimated": None if reestimated is None else dict(reestimated),
         "exports": {},
+        "inference": {},
         "tolerance": tolerance,
         "versions": {
             "lit_bnfold": lit_bnfold.__version__,
@@ -174,35 +181,68 @@ def _for_json(tree: Any) -> Any:
 
 
 def print_report(report: Report) -> None:
-    """Print a report as one table: each BatchNorm and where it went, then each metric of both versions.
+    """Print a report: where each BatchNorm went, then each metric of both versions, then why the others stay.
+
+    It fits 80 columns. Long names lose their beginning, since what tells layers apart comes last. Of many folds those
+    with the largest errors are shown. Where the output is no terminal, it is plain text.
 
     Args:
         report: A report.
     """
+    console = Console()
+    # Lines and bold letters are for whoever looks at a terminal, and in the way of whoever searches a file.
+    style: dict[str, Any] = {} if console.is_terminal else {"box": None, "header_style": "", "title_style": ""}
+    console.print(_folds_table(report, style))
+    console.print(_numbers_table(report, style))
+    sentences = [f"{kept['batchnorm']} stays: {kept['reason']}." for kept in report["kept"][:_MOST_KEPT]]
+    if len(report["kept"]) > _MOST_KEPT:
+        sentences.append(f"{len(report['kept']) - _MOST_KEPT} more stay; folding.json says of each why.")
+    for sentence in sentences:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _folds_table(report: Report, style: Mapping[str, Any]) -> Table:
+    folds, kept = report["folds"], report["kept"]
+    title = f"BatchNorm folding: {len(folds)} of {len(folds) + len(kept)} folded"
+    table = Table("BatchNorm", "folded into", "error", title=title, **style)
+    table.columns[2].justify = "right"
+    shown = sorted(range(len(folds)), key=lambda index: -_worse(folds[index]["max_rel_error"]))[:_MOST_FOLDS]
+    for index in sorted(shown):
+        fold = folds[index]
+        _add_row(table, fold["batchnorm"], " + ".join(fold["layers"]), f"{fold['max_rel_error']:.1e}")
+    if len(folds) > _MOST_FOLDS:
+        _add_row(table, f"{len(folds) - _MOST_FOLDS} more", "", "smaller")
+    for each in kept[:_MOST_KEPT]:
+        _add_row(table, each["batchnorm"], "kept", "")
+    return table
+
+
+def _numbers_table(report: Report, style: Mapping[str, Any]) -> Table:
     reestimated = report["reestimated"]
     columns = ["original", "folded", "difference"] if reestimated is None else ["as trained", *_REESTIMATED_COLUMNS]
-    table = Table("", *columns, title="BatchNorm folding")
+    table = Table("", *columns, **style)
     for column in table.columns[1:]:
         column.justify = "right"
 
     def add_row(name: str, before: str, *cells: str) -> None:
-        table.add_row(name, *([] if reestimated is None else [before]), *cells)
+        _add_row(table, name, *([] if reestimated is None else [before]), *cells)
 
-    for fold in report["folds"]:
-        add_row(fold["batchnorm"], "", "BatchNorm", " + ".join(fold["layers"]), f"{fold['max_rel_error']:.1e}")
-    for kept in report["kept"]:
-        add_row(kept["batchnorm"], "", "BatchNorm", "kept", "")
-    table.add_section()
     before = {} if reestimated is None else reestimated["before"]
     original, folded = report["validation"]["original"], report["validation"]["folded"]
     for key, value in original.items():
         earlier, other = before.get(key, math.nan), folded.get(key, math.nan)
         add_row(key, f"{earlier:.6f}", f"{value:.6f}", f"{other:.6f}", f"{other - value:+.1e}")
     if report["output_error"] is not None:
-        add_row("largest error of an output", "", "", "", f"{report['output_error']['max_abs']:.1e}")
+        add_row("largest output error", "", "", "", f"{report['output_error']['max_abs']:.1e}")
     for kind, result in report["exports"].items():
         add_row(f"error of {FILES[kind]}", "", "", "", f"{result['max_abs']:.1e}" if "max_abs" in result else "failed")
-    console = Console()
-    console.print(table)
-    for kept in report["kept"]:
-        console.print(f"{kept['batchnorm']} stays: {kept['reason']}.", markup=False)
+    return table
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    # A name is text, whatever brackets it has.
+    table.add_row(*(Text(_shortened(cell)) for cell in cells))
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"...{name[3 - _LONGEST :]}"

@@ -541,7 +541,7 @@ def test_a_fit_is_folded_and_proven_and_otherwise_left_alone(
         assert original == pytest.approx({key: value.item() for key, value in fresh.callback_metrics.items()})
 
     # The files say the same.
-    assert files_in(tmp_path) >= {"folded.ckpt", "folding.json"} or not situation.writes
+    assert files_in(tmp_path) >= {"folded.ckpt", "folding.html", "folding.json"} or not situation.writes
     assert files_in(tmp_path) == set() or situation.writes
     if situation.writes:
         (written,) = tmp_path.rglob("folding.json")
@@ -750,8 +750,9 @@ def test_a_module_that_cannot_be_copied_is_folded_all_the_same(tmp_path: Path, r
 def test_the_files_lie_with_the_first_logger_and_the_numbers_in_all_of_them(tmp_path: Path) -> None:
     loggers = [TensorBoardLogger(tmp_path, name="board"), CSVLogger(tmp_path, name="table")]
     trainer = fit(tmp_path, Tiny(), BatchNormFolding(), logger=loggers)
-    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("fold*")} == {
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("fold*.*")} == {
         "board/version_0/folded.ckpt",
+        "board/version_0/folding.html",
         "board/version_0/folding.json",
     }
     keys = {f"folding/{key}" for key in ("original/val/loss", "folded/val/loss", "folds", "kept")}
@@ -768,7 +769,7 @@ def test_the_files_lie_with_the_first_logger_and_the_numbers_in_all_of_them(tmp_
 
 def test_the_files_go_where_dirpath_says(tmp_path: Path) -> None:
     fit(tmp_path, Tiny(), BatchNormFolding(dirpath=str(tmp_path / "a" / "b")), logger=CSVLogger(tmp_path))
-    assert files_in(tmp_path / "a" / "b") == {"folded.ckpt", "folding.json"}
+    assert files_in(tmp_path / "a" / "b") == {"folded.ckpt", "folding.html", "folding.json"}
     assert len(list(tmp_path.rglob("folded.ckpt"))) == 1
 
 
@@ -858,7 +859,7 @@ def test_a_thousandth_changes_no_weight_in_bfloat16_and_a_hundredth_is_a_mismatc
         changed = scaling(context, 1.001)
         fit(tmp_path / "same", randomised(TwoLayers()), BatchNormFolding(), precision="bf16-true")
         assert changed == [False, False]
-        assert files_in(tmp_path / "same") == {"folded.ckpt", "folding.json"}
+        assert files_in(tmp_path / "same") == {"folded.ckpt", "folding.html", "folding.json"}
     changed = scaling(monkeypatch, 1.01)
     with pytest.raises(FoldingError, match=r"`net\.[03]` has a `weight` that is off by .* roundings to torch.bfloat16"):
         fit(tmp_path / "other", randomised(TwoLayers()), BatchNormFolding(), precision="bf16-true")
@@ -972,7 +973,7 @@ def test_two_callbacks_for_the_last_and_the_best_weights_keep_apart(tmp_path: Pa
     assert last.state_key != best.state_key
     with pytest.warns(UserWarning, match="found no best checkpoint"):
         fit(tmp_path, randomised(Tiny()), last, callbacks=[best])
-    assert {"folded.ckpt", "folding.json"} <= files_in(tmp_path)
+    assert {"folded.ckpt", "folding.html", "folding.json"} <= files_in(tmp_path)
 
 
 @pytest.mark.usefixtures("wrong_algebra")
@@ -981,7 +982,7 @@ def test_a_larger_tolerance_accepts_a_larger_error(tmp_path: Path, randomised: R
     fit(tmp_path, randomised(TwoLayers()), folding)
     assert folding.report["tolerance"] == 0.5
     assert folding.report["mismatch"] is None
-    assert files_in(tmp_path) == {"folded.ckpt", "folding.json"}
+    assert files_in(tmp_path) == {"folded.ckpt", "folding.html", "folding.json"}
 
 
 def test_a_tolerance_that_is_too_small_for_roundings_is_a_mismatch(tmp_path: Path, randomised: Randomised) -> None:
@@ -1084,12 +1085,12 @@ def test_a_full_disk_is_named_with_the_file_and_costs_nothing_but_the_fold(
     again = BatchNormFolding()
     trainer = quiet_trainer(tmp_path, callbacks=[again], enable_checkpointing=True)
     again.fold_checkpoint(trainer, Validating(), path)
-    assert {"folded.ckpt", "folding.json"} <= files_in(path.parent)
+    assert {"folded.ckpt", "folding.html", "folding.json"} <= files_in(path.parent)
 
 
 def test_a_full_disk_leaves_the_files_of_an_older_run(tmp_path: Path, randomised: Randomised) -> None:
     fit(tmp_path, randomised(Tiny()), BatchNormFolding())
-    before = {name: (tmp_path / name).read_bytes() for name in ("folded.ckpt", "folding.json")}
+    before = {name: (tmp_path / name).read_bytes() for name in ("folded.ckpt", "folding.html", "folding.json")}
     with pytest.raises(OSError, match="File too large"):
         fit(tmp_path, randomised(Tiny()), Full())
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -1296,7 +1297,7 @@ def test_two_processes_fold_together(strategy: str, tmp_path: Path, randomised: 
     module = randomised(Gathering())
     arguments = {"strategy": strategy, "devices": 2, "check_val_every_n_epoch": 2, "max_epochs": 3}
     trainer = fit(tmp_path, module, AssertingInEachProcess(), **arguments)
-    assert files_in(tmp_path) == {"folded.ckpt", "folding.json"}
+    assert files_in(tmp_path) == {"folded.ckpt", "folding.html", "folding.json"}
     inputs = torch.ones(3, 4)
     folded = load_folded(Gathering, tmp_path / "folded.ckpt")
     torch.testing.assert_close(folded(inputs)[0], module.eval()(inputs)[0], rtol=0, atol=1e-5)

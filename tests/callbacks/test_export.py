@@ -147,7 +147,7 @@ def test_a_fit_ends_with_files_of_the_folded_module_for_any_batch_size(
     assert folding.export == ("onnx", "torch_export")
     fit(tmp_path, randomised(Tiny()), folding)
     # One file each, and nothing beside them.
-    assert names_in(tmp_path) == {"folded.ckpt", "folding.json", "folded.onnx", "folded.pt2"}
+    assert names_in(tmp_path) == {"folded.ckpt", "folding.html", "folding.json", "folded.onnx", "folded.pt2"}
 
     program = torch.export.load(tmp_path / "folded.pt2").module()
     module = load_folded(Tiny, tmp_path / "folded.ckpt")
@@ -166,7 +166,7 @@ def test_a_fit_ends_with_files_of_the_folded_module_for_any_batch_size(
     assert json.loads((tmp_path / "folding.json").read_text())["exports"] == exports
     said = "".join(capfd.readouterr()) + caplog.text
     assert "error of folded.onnx" in said
-    assert "Wrote folded.ckpt, folded.onnx, folded.pt2 and folding.json" in said
+    assert "Wrote folded.ckpt, folded.onnx, folded.pt2, folding.html and folding.json" in said
     # The exporters keep to themselves.
     assert not [word for word in ("torchvision", "[torch.onnx]", "Obtain", "Warning") if word in said]
 
@@ -323,7 +323,7 @@ def test_an_export_that_fails_is_told_when_everything_else_is_written(
     raises, warns = pytest.raises(FoldingError, match=sentence), pytest.warns(UserWarning, match=sentence)
     with raises if on_mismatch == "raise" else warns as told:
         fit(tmp_path, randomised(Branching()), folding)
-    assert names_in(tmp_path) == {"folded.ckpt", "folding.json"}
+    assert names_in(tmp_path) == {"folded.ckpt", "folding.html", "folding.json"}
     assert "\n" not in str(told.value if on_mismatch == "raise" else told[-1].message)
     assert json.loads((tmp_path / "folding.json").read_text())["exports"]["onnx"].keys() == {"failure"}
     assert folding.folded_module is not None
@@ -334,7 +334,7 @@ def test_without_an_example_nothing_is_exported_and_it_says_why(tmp_path: Path, 
     folding = BatchNormFolding(export=["torch_export"])
     with pytest.raises(FoldingError, match=r"folded\.pt2: validation does not call the module itself, and it has no"):
         fit(tmp_path, randomised(Bypassing()), folding)
-    assert names_in(tmp_path) == {"folded.ckpt", "folding.json"}
+    assert names_in(tmp_path) == {"folded.ckpt", "folding.html", "folding.json"}
 
 
 def test_a_module_that_cannot_be_copied_is_not_exported(tmp_path: Path, randomised: Randomised) -> None:
@@ -442,7 +442,7 @@ def test_one_rank_exports_and_every_rank_knows_how_that_went(
         exporting, "_run_program", lambda _, calls: [exporting._outputs(written[0], call) for call in calls]
     )
     fit(tmp_path, randomised(Tiny()), Noting(export=["torch_export"]), strategy="ddp_fork", devices=2)
-    files = {"folded.ckpt", "folding.json", "folded.pt2"}
+    files = {"folded.ckpt", "folding.html", "folding.json", "folded.pt2"}
     assert names_in(tmp_path) == files | {"noted by 0, who wrote 1", "noted by 1, who wrote 0"}
 
 
@@ -457,4 +457,4 @@ def test_every_rank_hears_of_an_export_that_failed(tmp_path: Path, randomised: R
     module = randomised(Tiny())
     module.validation_step = lambda batch, batch_idx: module.log("val/loss", module.net(batch[0]).sum(), sync_dist=True)
     fit(tmp_path, module, Hearing(export=["torch_export"]), strategy="ddp_fork", devices=2)
-    assert names_in(tmp_path) == {"folded.ckpt", "folding.json", "heard by 0", "heard by 1"}
+    assert names_in(tmp_path) == {"folded.ckpt", "folding.html", "folding.json", "heard by 0", "heard by 1"}

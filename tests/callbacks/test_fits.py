@@ -148,7 +148,7 @@ def test_the_default_checkpoints_are_what_they_would_be_without_it(enabled: bool
     trainer = quiet_trainer(tmp_path, callbacks=[BatchNormFolding()], enable_checkpointing=enabled)
     trainer.fit(Tiny())
     assert [type(each) for each in trainer.checkpoint_callbacks] == [ModelCheckpoint] * enabled
-    assert len(files_in(tmp_path) - {"folded.ckpt", "folding.json"}) == enabled
+    assert len(files_in(tmp_path) - {"folded.ckpt", "folding.html", "folding.json"}) == enabled
 
 
 def test_a_mismatch_leaves_the_checkpoints_of_the_fit_whole(
@@ -323,7 +323,7 @@ def test_a_trainer_of_the_other_import_name_accepts_it(weights: Any, tmp_path: P
     idle = quiet_trainer(tmp_path, pytorch_lightning.Trainer)
     again.fold_checkpoint(idle, StandaloneTiny(), saved.best_model_path)
     assert again.report["mismatch"] is None
-    assert files_in(tmp_path / "again") == {"folded.ckpt", "folding.json"}
+    assert files_in(tmp_path / "again") == {"folded.ckpt", "folding.html", "folding.json"}
 
 
 # Several processes ----------------------------------------------------------------------------------------------------
@@ -405,7 +405,7 @@ def test_processes_fold_together(strategy: str, devices: int, tmp_path: Path, ra
     module = randomised(Head())
     trainer = quiet_trainer(tmp_path, callbacks=[InEachProcess()], strategy=strategy, devices=devices)
     trainer.fit(module)
-    assert files_in(tmp_path) == {"folded.ckpt", "folding.json"}
+    assert files_in(tmp_path) == {"folded.ckpt", "folding.html", "folding.json"}
     report = json.loads((tmp_path / "folding.json").read_text())
     assert [fold["batchnorm"] for fold in report["folds"]] == ["net.1", "head"]
     folded, inputs = load_folded(Head, tmp_path / "folded.ckpt"), torch.randn(7, 4)
@@ -471,4 +471,4 @@ def test_processes_that_a_launcher_starts_fold_together(launcher: str, devices: 
     command = [sys.executable, *(launch if launcher == "torchrun" else []), str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert files_in(tmp_path / "root") == {"folded.ckpt", "folding.json"}
+    assert files_in(tmp_path / "root") == {"folded.ckpt", "folding.html", "folding.json"}

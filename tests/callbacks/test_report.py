@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from lit_bnfold.callbacks.report import Report, make_report, print_report, scalars, write_report
 from lit_bnfold.callbacks.validation import ValidationRun
@@ -31,7 +33,7 @@ def report(
 def test_it_has_the_keys_that_others_rely_on() -> None:
     made = report()
     promised = {"folds", "kept", "validation", "output_error", "weights", "tolerance", "versions"}
-    assert made.keys() == promised | {"mismatch", "moved", "reestimated", "exports", "best_score"}
+    assert made.keys() == promised | {"mismatch", "moved", "reestimated", "exports", "inference", "best_score"}
     assert (made["reestimated"], made["exports"], made["best_score"]) == (None, {}, None)
     assert made["folds"][1] == {
         "batchnorm": "net.norm2",
@@ -119,13 +121,61 @@ def test_it_is_plain_json_whatever_the_numbers_are(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "folding.json").read_text()) == report()
 
 
-def test_it_is_printed_as_one_table_with_a_reason_for_what_stays(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_printed_as_tables_with_a_reason_for_what_stays(capsys: pytest.CaptureFixture[str]) -> None:
     print_report(report())
     printed = capsys.readouterr().out
-    for part in ("net.norm1", "net.linear1", "net.left + net.right", "2.400000", "0.250000", "largest error"):
+    for part in ("net.norm1", "net.linear1", "net.left + net.right", "2.400000", "0.250000", "largest output error"):
         assert part in printed
     # A reason is text, not markup.
-    assert "net.norm3 stays: the run did not reach it [bold]." in printed.replace("\n", "")
+    assert "net.norm3 stays: the run did not reach it [bold]." in printed.splitlines()
+
+
+def large_report(folds: int, kept: int) -> Report:
+    """A report whose names are long or hold brackets; fold number 3 has the largest error."""
+    path = "backbone.layer4.residual_branch"
+    plan = FoldingPlan(
+        tuple(Fold(f"{path}.norm{i}", (Part(f"{path}.convolution{i}"),)) for i in range(folds)),
+        tuple(Kept(f"[red]kept{i}", "the run did not reach it", "not-reached") for i in range(kept)),
+    )
+    errors = [{"max_abs": 1e-6, "max_rel": 1e-5 if i == 3 else 1e-7} for i in range(folds)]
+    run = ValidationRun({"val/loss": 2.4, "val/accuracy_of_the_largest_class": 0.5}, (1,))
+    reestimated = {"batches": 1, "batchnorms": [], "before": {"val/loss": 2.5}}
+    return make_report(
+        plan, errors, (run, run), {"max_abs": 1.0, "max_rel": 1e-7}, "last", 1e-4, reestimated=reestimated
+    )
+
+
+@pytest.mark.parametrize(("folds", "kept"), [(5, 1), (500, 70)])
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_is_printed_fits_80_columns_and_a_screen_or_two(
+    folds: int,
+    kept: int,
+    is_terminal: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(Console, "is_terminal", is_terminal)
+    print_report(large_report(folds, kept))
+    lines = capsys.readouterr().out.splitlines()
+    tables = [line for line in lines if "stay" not in line]
+    assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in tables) <= 80
+    assert len(lines) < 80
+    said = "\n".join(lines)
+    # The end of a name is what tells it apart, and the worst fold is among those that are shown.
+    assert any("branch.norm3 " in line and "branch.convolution3 " in line and "1.0e-05" in line for line in lines)
+    assert any("[red]kept0 " in line and "stays" not in line for line in lines)
+    assert ("480 more" in said, "60 more stay" in said) == (folds > 20, kept > 10)
+
+
+def test_where_there_is_no_terminal_it_is_plain_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    print_report(large_report(3, 1))
+    assert capsys.readouterr().out.isascii()
+    monkeypatch.setattr(Console, "is_terminal", True)
+    print_report(large_report(3, 1))
+    assert not capsys.readouterr().out.isascii()
 
 
 def test_a_metric_that_only_one_version_logged_is_shown_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:

@@ -186,7 +186,11 @@ def test_the_training_loss_is_logged_on_the_steps_that_are_written_and_no_other(
 ) -> None:
     calls: list[str] = []
     log: Callable[..., None] = LightningModule.log
-    monkeypatch.setattr(LightningModule, "log", lambda self, name, value: calls.append(name) or log(self, name, value))
+    monkeypatch.setattr(
+        LightningModule,
+        "log",
+        lambda self, name, *args, **kwargs: calls.append(name) or log(self, name, *args, **kwargs),
+    )
     logger = MemoryLogger()
     trainer(logger=logger, log_every_n_steps=4, max_epochs=2).fit(BatchNormMLP(), random_batches(7))
     assert logger.written == [(step, ["train/log10_loss", "train/loss"]) for step in (3, 7, 11)]
