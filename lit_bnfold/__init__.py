@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_bnfold.callbacks import BatchNormFolding as BatchNormFolding
+    from lit_bnfold.callbacks import HistogramMonitor as HistogramMonitor
+    from lit_bnfold.callbacks import UpdateRatioMonitor as UpdateRatioMonitor
     from lit_bnfold.checkpoint import load_folded as load_folded
     from lit_bnfold.folding import FoldingError as FoldingError
     from lit_bnfold.folding import fold_batchnorm as fold_batchnorm
@@ -23,7 +25,9 @@ _HOME = {
     "BatchNormFolding": "lit_bnfold.callbacks",
     "BatchNormMLP": "lit_bnfold.names.model",
     "FoldingError": "lit_bnfold.folding",
+    "HistogramMonitor": "lit_bnfold.callbacks",
     "NamesDataModule": "lit_bnfold.names.data",
+    "UpdateRatioMonitor": "lit_bnfold.callbacks",
     "fold_batchnorm": "lit_bnfold.folding",
     "load_folded": "lit_bnfold.checkpoint",
     "plan_folding": "lit_bnfold.folding",

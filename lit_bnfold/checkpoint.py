@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -62,7 +62,7 @@ class FoldedLoading:
             FoldingError: If training is to go on from a folded checkpoint, or its plan does not fit this module.
         """
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        assert isinstance(self, LightningModule)
+        assert isinstance(self, nn.Module)
         _take_structure(self, checkpoint)
 
 
@@ -316,7 +316,8 @@ def whole_file(path: Path, trainer: Trainer, outdated: Sequence[Path] = ()) -> I
     path.parent.mkdir(parents=True, exist_ok=True)
     own_io = trainer.strategy.checkpoint_io
     try:
-        if isinstance(own_io, AsyncCheckpointIO):
+        # By name, for the other import name of Lightning has a class of its own.
+        if "AsyncCheckpointIO" in {base.__name__ for base in type(own_io).__mro__}:
             # What is written later cannot be renamed now.
             trainer.strategy.checkpoint_io = TorchCheckpointIO()
         yield part
@@ -349,7 +350,7 @@ class _LongerHook:
             part(checkpoint)
 
 
-def _add_to_hook(pl_module: LightningModule, name: str, added: _Hook, *, first: bool = False) -> _Undo:
+def _add_to_hook(pl_module: nn.Module, name: str, added: _Hook, *, first: bool = False) -> _Undo:
     """Make a hook do one thing more; what was added can be taken away in any order."""
     shadowed = vars(pl_module).get(name)
     hook = shadowed if isinstance(shadowed, _LongerHook) else _LongerHook(getattr(pl_module, name))
@@ -376,7 +377,7 @@ def _add_manifest(plan: FoldingPlan, checkpoint: dict[str, Any]) -> None:
     checkpoint["state_dict"][SIGNPOST] = torch.zeros(0)
 
 
-def _take_structure(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+def _take_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     if MANIFEST not in checkpoint:
         return
     if _is_being_fitted(module):
@@ -391,7 +392,7 @@ def _take_structure(module: LightningModule, checkpoint: dict[str, Any]) -> None
         _add_to_hook(module, "on_save_checkpoint", partial(_add_manifest, plan))
 
 
-def _is_being_fitted(module: LightningModule) -> bool:
+def _is_being_fitted(module: Any) -> bool:
     # A module without a Trainer raises when it is asked for it.
     with suppress(RuntimeError):
         return bool(module.trainer.state.fn == "fit")

@@ -1,11 +1,15 @@
-"""The command line: ``lit-bnfold fit | validate | test | fold``."""
+"""The command line: ``lit-bnfold fit | validate | test | predict | fold``."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,25 +18,39 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_bnfold.callbacks import BatchNormFolding
+from lit_bnfold.callbacks import BatchNormFolding, HistogramMonitor, UpdateRatioMonitor
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
+from lit_bnfold.callbacks.monitor import skip_idle_hooks
+from lit_bnfold.callbacks.speed import SpeedMonitor
 from lit_bnfold.fold_command import SUMMARY, find_last_checkpoint, fold
 from lit_bnfold.folding import FoldingError
+from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
+from lit_bnfold.names.sampling import Sampling
+from lit_bnfold.parser import OneSentenceParser, read_config
 
 # Drawing the bar costs as much as a training step of the small network.
 _BAR_REFRESH_STEPS = 200
 
-_TRAINER_DEFAULTS = {"max_steps": 200_000, "val_check_interval": 5_000, "check_val_every_n_epoch": None}
+# As many steps are written as TensorBoard draws of a curve; all monitors together cost some 3 percent of the training.
+_TRAINER_DEFAULTS = {
+    "max_steps": 200_000,
+    "val_check_interval": 5_000,
+    "check_val_every_n_epoch": None,
+    "log_every_n_steps": 200,
+}
+_UPDATE_RATIO_STEPS = 1_000
 
+_MONITORS = (LearningRateMonitor, UpdateRatioMonitor, HistogramMonitor, SpeedMonitor)
 
 # They would look for a training's directory, and tell that it is another one.
-_TRAINING_CALLBACKS = (Checkpoint, LearningRateMonitor)
+_TRAINING_CALLBACKS = (Checkpoint, *_MONITORS)
 
 
-class _ListingParser(LightningArgumentParser):
+class _ListingParser(OneSentenceParser):
     """Keeps the list of subcommands, so that ``fold`` can be in it."""
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
@@ -51,6 +69,7 @@ class NamesCLI(LightningCLI):
             "fit": offered["fit"],
             "validate": offered["validate"],
             "test": offered["test"],
+            "predict": offered["predict"] | {"return_predictions"},
         }
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
@@ -68,11 +87,16 @@ class NamesCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(LearningRateMonitor, "learning_rate")
+        parser.add_lightning_class_args(SpeedMonitor, "speed")
+        parser.add_lightning_class_args(UpdateRatioMonitor, "update_ratio")
+        parser.add_lightning_class_args(HistogramMonitor, "histograms")
+        parser.add_class_arguments(Sampling, "names")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",
                 "checkpoint.filename": "best",
                 "checkpoint.enable_version_counter": False,
+                "update_ratio.every_n_steps": _UPDATE_RATIO_STEPS,
             }
         )
         parser.link_arguments("data.block_size", "model.block_size")
@@ -84,6 +108,8 @@ class NamesCLI(LightningCLI):
         ``--ckpt_path last`` is found here too: Lightning looks for it in the directory of the run that is about to
         begin, where there is none yet.
         """
+        given = list(sys.argv[1:] if args is None else args)
+        configurations = [read_config(file) for file in _configurations(given)]
         super().parse_arguments(parser, args)
         if self.config.subcommand == "fold":
             raise ValueError("Expected `fold` before its arguments: lit-bnfold fold --ckpt_path FILE.")
@@ -91,11 +117,15 @@ class NamesCLI(LightningCLI):
         path = config.ckpt_path
         if path == "last":
             path = str(find_last_checkpoint(Path(config.trainer.default_root_dir or ".")))
+        if path is None and self.config.subcommand == "predict":
+            raise ValueError("Expected a checkpoint to sample names from; pass --ckpt_path FILE, or --ckpt_path last.")
         if path is not None and Path(path).is_file():
+            checkpoint = _read_checkpoint(path)
+            explicit = _arguments_of_the_network(given, configurations) & vars(config.model).keys()
+            _tell_overridden(path, checkpoint.get("hyper_parameters", {}), {k: config.model[k] for k in explicit})
             # Before everything else on the command line, so that what is said there or in a configuration counts.
-            given = list(sys.argv[1:] if args is None else args)
             place = given.index(self.config.subcommand) + 1
-            self.config = parser.parse_args([*given[:place], *_data_arguments(path), *given[place:]])
+            self.config = parser.parse_args([*given[:place], *_data_arguments(checkpoint), *given[place:]])
         self.config[self.config.subcommand].ckpt_path = path
 
     def before_instantiate_classes(self) -> None:
@@ -113,16 +143,28 @@ class NamesCLI(LightningCLI):
         """Make the trainer, with a progress bar that is drawn now and then."""
         config = self.config_init[self.subcommand].trainer
         callbacks = list(config.callbacks or [])
-        if config.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
-            kwargs["callbacks"] = [*callbacks, TQDMProgressBar(refresh_rate=_BAR_REFRESH_STEPS)]
+        if self.subcommand == "predict":
+            kwargs["enable_progress_bar"] = bool(config.enable_progress_bar)
+            if config.devices == "auto":
+                # A few names are not worth a second process.
+                kwargs["devices"] = 1
+        elif config.enable_progress_bar is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
+            callbacks.append(TQDMProgressBar(refresh_rate=_BAR_REFRESH_STEPS))
+        if self.subcommand in ("fit", "predict"):
+            callbacks += [SampledNames(self.config_init[self.subcommand].names), CharacterEmbedding()]
+        kwargs["callbacks"] = callbacks
         if self.subcommand != "fit" and config.logger is None:
             # There would be nothing in its directory.
             kwargs["logger"] = False
         trainer = super().instantiate_trainer(**kwargs)
-        unwanted: tuple[type[Callback], ...] = () if trainer.loggers else (LearningRateMonitor,)
+        is_written = trainer.loggers and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        unwanted: tuple[type[Callback], ...] = () if is_written else _MONITORS
         if self.subcommand != "fit":
             unwanted = _TRAINING_CALLBACKS
-        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, unwanted)]  # type: ignore[attr-defined]
+        callbacks = [each for each in trainer.callbacks if not isinstance(each, unwanted)]  # type: ignore[attr-defined]
+        for callback in callbacks:
+            skip_idle_hooks(callback)
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
         return trainer
 
 
@@ -147,16 +189,21 @@ def main(args: list[str] | None = None) -> None:
         if given[:1] == ["fold"]:
             fold(given[1:])
             return
-        NamesCLI(
-            BatchNormMLP,
-            NamesDataModule,
-            save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_class=_ListingParser,
-            trainer_defaults=_TRAINER_DEFAULTS,
-            seed_everything_default=42,
-            args=args,
-        )
+        with _warnings_only() if given[:1] == ["predict"] else nullcontext():
+            NamesCLI(
+                BatchNormMLP,
+                NamesDataModule,
+                save_config_callback=SaveFitConfig,
+                save_config_kwargs={"overwrite": True},
+                parser_class=_ListingParser,
+                trainer_defaults=_TRAINER_DEFAULTS,
+                seed_everything_default=42,
+                args=args,
+            )
+    except BrokenPipeError:
+        # Whoever reads what is printed has enough; Python would complain once more when it closes the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (FoldingError, MisconfigurationException, ModuleNotFoundError, OSError, ValueError) as error:
         _leave(error)
     except RuntimeError as error:
@@ -165,18 +212,43 @@ def main(args: list[str] | None = None) -> None:
         _leave(error)
 
 
-def _data_arguments(path: str) -> list[str]:
-    """The arguments of the data that a checkpoint was trained on."""
+def _configurations(args: list[str]) -> list[Path]:
+    """The files that are given as ``--config``."""
+    values = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
+    values += [argument.partition("=")[2] for argument in args if argument.startswith("--config=")]
+    return [path for path in map(Path, values) if path.is_file()]
+
+
+def _read_checkpoint(path: str) -> dict[str, Any]:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        arguments = checkpoint.get("datamodule_hyper_parameters", {}).items()
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint.get("state_dict")
     except Exception as error:
         raise ValueError(f"Expected a checkpoint of Lightning at {path}, found another kind of file.") from error
+    return checkpoint
+
+
+def _data_arguments(checkpoint: dict[str, Any]) -> list[str]:
+    """The arguments of the data that a checkpoint was trained on."""
     return [
         f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in arguments
+        for name, value in checkpoint.get("datamodule_hyper_parameters", {}).items()
         if not name.startswith("_")
     ]
+
+
+def _arguments_of_the_network(args: Sequence[str], configurations: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of those that are given, be it in a configuration."""
+    sections = [config.get("model") for config in configurations]
+    names = {name for section in sections if isinstance(section, dict) for name in section}
+    return names | {argument.partition("=")[0].removeprefix("--model.") for argument in args}
+
+
+def _tell_overridden(path: str, saved: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
+    """Say which arguments of the network are left out: Lightning takes those that the checkpoint was trained with."""
+    for name, value in explicit.items():
+        if name in saved and saved[name] != value:
+            rank_zero_warn(f"{path} was trained with model.{name}={saved[name]}, which counts; {value} is left out.")
 
 
 def _silence_noise() -> None:
@@ -186,6 +258,20 @@ def _silence_noise() -> None:
     # The commands that only read a checkpoint go without the callbacks of the training that wrote it.
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
+@contextmanager
+def _warnings_only() -> Iterator[None]:
+    """Keep from the terminal what Lightning does step by step."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _leave(error: Exception) -> NoReturn:

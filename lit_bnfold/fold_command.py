@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
@@ -29,6 +28,7 @@ from lit_bnfold.callbacks import BatchNormFolding
 from lit_bnfold.checkpoint import read_training
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
+from lit_bnfold.parser import options_of, read_config, sentence
 
 SUMMARY = "Fold the BatchNorms of a checkpoint, with the same proof and the same files as at the end of ``fit``."
 
@@ -85,20 +85,22 @@ def fold(args: Sequence[str]) -> None:
     """
     if any(argument.partition("=")[0] == "--folding.dirpath" for argument in args):
         raise ValueError("Expected `--output`, which says for this command what `--folding.dirpath` says for `fit`.")
+    options: list[str] = []
     try:
         early, rest = _early_parser().parse_known_args(args)
         with _modules_of_the_current_directory():
             checkpoint = {} if early.ckpt_path is None else read_training(_checkpoint_path(early), early.weights_only)
-            config = {} if early.config is None else _read_config(Path(early.config))
+            config = {} if early.config is None else read_config(Path(early.config))
             parts = _find_parts(early, checkpoint, config)
             parser = _parser(parts)
+            options = options_of(parser)
             given = parser.parse_object(_configured(config, parts), defaults=False)
             given = parser.parse_args(rest, given, defaults=False)
             if early.ckpt_path is None:
                 raise ValueError("Expected `--ckpt_path`, the checkpoint to fold.")
             _fold(early, parts, given, parser.instantiate_classes(given))
     except (ArgumentError, argparse.ArgumentError) as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(sentence(str(error), options)) from error
 
 
 def find_last_checkpoint(root: Path) -> Path:
@@ -170,18 +172,6 @@ def _parser(parts: Sequence[_Part]) -> LightningArgumentParser:
     for action in parser._actions:
         action.required = False
     return parser
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a configuration at {path}, found no file.")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"Expected YAML in {path}: {_one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"Expected a configuration with `model` and `data` in {path}, got {type(config).__name__}.")
-    return config
 
 
 def _configured(config: Mapping[str, Any], parts: Sequence[_Part]) -> dict[str, Any]:

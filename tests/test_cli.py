@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,56 @@ def test_what_an_export_needs_is_said_before_training_begins(
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+# Names ----------------------------------------------------------------------------------------------------------------
+
+
+def names_of(capsys: pytest.CaptureFixture[str], checkpoint: Path, *args: object) -> list[str]:
+    """The names that are printed."""
+    capsys.readouterr()
+    main(["predict", "--ckpt_path", str(checkpoint), *map(str, args)])
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.endswith("\n")
+    return captured.out.removesuffix("\n").split("\n")
+
+
+def test_the_original_and_the_folded_network_make_up_the_same_thousand_names(
+    smoke: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, folded = (smoke.directory / name for name in ("checkpoints/last.ckpt", "folded.ckpt"))
+    wishes = ["--names.number", 1_000, "--names.seed", 3, "--names.prefix", "ma", "--names.min_length", 5]
+    names = names_of(capsys, original, *wishes, "--names.max_length", 12)
+    assert names_of(capsys, folded, *wishes, "--names.max_length", 12) == names
+    assert len(names) == 1_000
+    assert all(name.startswith("ma") and 5 <= len(name) <= 12 for name in names)
+    assert len(set(names)) > 900
+    for precision in ("bf16-mixed", "64-true"):
+        again = names_of(capsys, original, *wishes, "--names.max_length", 12, "--trainer.precision", precision)
+        assert again == names
+
+
+def test_names_can_be_piped(smoke: Run, tmp_path: Path) -> None:
+    predict = [COMMAND, "predict", "--ckpt_path", smoke.directory / "folded.ckpt", "--names.number"]
+    with subprocess.Popen([*predict, "4000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert re.fullmatch(rb"[a-z]+\n", process.stdout.readline())
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prefix_that_no_word_begins_with_is_refused(smoke: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    said = leaves(capsys, "predict", "--ckpt_path", smoke.directory / "folded.ckpt", "--names.prefix", "Zoë")
+    assert said.startswith("lit-bnfold: prefix: 'Zoë' has ['Z', 'ë'], which no word has")
+
+
+def test_a_fit_shows_names_and_letters_in_tensorboard(trained: Run) -> None:
+    assert "names/text_summary" in EventAccumulator(str(trained.directory)).Reload().Tags()["tensors"]
+    [letters] = trained.directory.rglob("metadata.tsv")
+    assert letters.read_text().split() == [*".abcdefghijklmnopqrstuvwxyz"]
+
+
 # What it refuses ------------------------------------------------------------------------------------------------------
 
 
@@ -386,7 +437,12 @@ WRONG = {
     "fold_to_where": (["fold", "--folding.dirpath=x"], "lit-bnfold: Expected `--output`"),
     "unknown_flag": (["fit", "--nonsense", "3"], "--nonsense"),
     "wrong_type": (["fit", "--trainer.max_steps", "many"], "max_steps"),
-    "no_subcommand": ([], "{fit,validate,test,fold"),
+    "predict_of_what": (["predict"], "lit-bnfold: Expected a checkpoint to sample names from; pass --ckpt_path FILE"),
+    "missing_checkpoint_to_predict": (["predict", "--ckpt_path", "nowhere.ckpt"], "Checkpoint file not found"),
+    "too_cold": (["predict", "--ckpt_path", "x", "--names.temperature", "0"], "lit-bnfold: temperature: expected"),
+    "no_names": (["predict", "--ckpt_path", "x", "--names.number", "0"], "lit-bnfold: number: expected at least 1"),
+    "cut_too_soon": (["fit", "--names.min_length", "200"], "lit-bnfold: max_length: expected at least the 200"),
+    "no_subcommand": ([], "{fit,validate,test,predict,fold"),
     "unknown_subcommand": (["train"], "train"),
     "missing_config": (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
     "wrong_value": (["fit", "--folding.tolerance", "0"], "lit-bnfold: tolerance: expected a number above 0 or None"),
@@ -401,6 +457,23 @@ WRONG = {
     "wrong_number": (["fit", "--trainer.max_steps", "-5"], "lit-bnfold: `max_steps` must be"),
     "file_as_directory": (["fit", "--folding.dirpath", "bad.txt"], "lit-bnfold: dirpath: expected a directory"),
     "no_such_key": (["fit", "--checkpoint.monitor", "val/nothing", *SHORT], "val/nothing"),
+    "misspelt": (["fit", "--model.n_hiden", "3"], "There is no option --model.n_hiden; did you mean --model.n_hidden?"),
+    "ungrouped": (["fit", "--max_steps=3"], "There is no option --max_steps; did you mean --trainer.max_steps?"),
+    "abbreviated": (["fit", "--trainer.max_st", "3"], "There is no option --trainer.max_st; did you mean"),
+    "unlike_any": (["fit", "--xyzzy", "3"], "There is no option --xyzzy.\n"),
+    "misspelt_in_yaml": (["fit", "-c", "misspelt.yaml"], "There is no option --model.lrr; did you mean --model.lr?"),
+    "loose": (["fit", "3"], "Nothing is expected at 3; an option begins with --."),
+    "no_value": (["fit", "--model.lr"], "lit-bnfold: --model.lr: expected one argument."),
+    "no_number": (["fit", "--trainer.max_steps", "many"], "lit-bnfold: --trainer.max_steps: expected int, got many."),
+    "no_choice": (["fit", "--folding.weights", "bst"], "--folding.weights: expected one of ['last', 'best'], got bst."),
+    "neither": (["fit", "--model.n_hidden", "[a]"], "--model.n_hidden: expected Sequence[int], int, got ['a']."),
+    "no_config": (["fit", "-c", "none.yaml"], "lit-bnfold: --config: File does not exist"),
+    "no_yaml": (["fit", "--config=broken.yaml"], "lit-bnfold: Expected YAML in broken.yaml: "),
+    "no_mapping": (
+        ["fit", "-c", "list.yaml"],
+        "Expected a configuration with `model` and `data` in list.yaml",
+    ),
+    "no_command": (["fti"], "invalid choice: 'fti' (choose from 'fit', 'validate', 'test',"),
 }
 
 
@@ -411,11 +484,23 @@ def test_a_mistake_is_named_in_a_sentence(
     monkeypatch.chdir(tmp_path)
     for file, content in (("empty", b""), ("bad", b"a\nb.c\n"), ("binary", b"a\xff\n"), ("few", b"ab\ncd\n")):
         (tmp_path / f"{file}.txt").write_bytes(content)
-    (tmp_path / "few.yaml").write_text("{}")
+    for file, text in (("few", "{}"), ("misspelt", "model: {lrr: 1.0}"), ("broken", "model: [1,"), ("list", "[1]")):
+        (tmp_path / f"{file}.yaml").write_text(text)
     args, sentence = WRONG[name]
     said = leaves(capsys, *args, *(QUIET if args[:1] in (["fit"], ["test"]) else []))
     assert sentence in said
+    assert "usage:" not in said
     assert not list(tmp_path.rglob("*.ckpt")) or name == "no_such_key"
+
+
+@pytest.mark.parametrize(("value", "is_left_out"), [("0.7", True), ("0.1", False)])
+def test_an_argument_that_a_checkpoint_overrides_is_named(value: str, is_left_out: bool, smoke: Run) -> None:
+    last = smoke.directory / "checkpoints" / "last.ckpt"
+    message = f"{last} was trained with model.lr=0.1, which counts; {value} is left out."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main(["test", "--ckpt_path", str(last), "--model.lr", value, *QUIET, "--trainer.logger", "false"])
+    assert (message in [str(warning.message) for warning in caught]) == is_left_out
 
 
 def test_a_checkpoint_of_other_words_is_refused(
@@ -429,17 +514,17 @@ def test_a_checkpoint_of_other_words_is_refused(
     few = tmp_path / "few.txt"
     few.write_text("\n".join(["ab", "ba"] * 20))
     said = leaves(capsys, "test", "--ckpt_path", last, "--data.words", few, *QUIET, "--trainer.logger", "false")
-    assert "size mismatch" in said
+    assert "Expected the 27 characters that the checkpoint was trained on, got 3" in said
 
 
-@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["fold", "--help"]])
+@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["predict", "--help"], ["fold", "--help"]])
 def test_help_is_given(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(args)
     assert exit_.value.code == 0
     said = capsys.readouterr().out
     assert "usage:" in said
-    expected = {"--help": "fold", "fit": "--folding.tolerance", "fold": "--ckpt_path"}
+    expected = {"--help": "fold", "fit": "--folding.tolerance", "predict": "--names.prefix", "fold": "--ckpt_path"}
     assert expected[args[0]] in said
 
 

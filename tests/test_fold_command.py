@@ -484,11 +484,14 @@ WRONG = {
     ),
     "wrong_type": ([*NET, *ROWS, "--model.width=wide"], "model.width"),
     "wrong_width": ([*NET, *ROWS, "--model.width=5"], "size mismatch for backbone.layers.0.weight: copying a param"),
-    "unknown_argument": ([*NET, *ROWS, "--model.weight=4"], "unrecognized arguments: --model.weight=4"),
+    "unknown_argument": (
+        [*NET, *ROWS, "--model.weight=4"],
+        "no option --model.weight; did you mean --model.width?",
+    ),
     "no_config": (["--config", "nowhere.yaml"], "Expected a configuration at nowhere.yaml, found no file."),
     "not_yaml": (["--config", "shop/nets.py"], "Expected YAML in shop/nets.py"),
     "no_output": ([*NET, *ROWS, "--output", "standalone.py"], "expected a directory, found a file at standalone.py."),
-    "no_value": (["--model"], "argument --model: expected one argument"),
+    "no_value": (["--model"], "--model: expected one argument"),
     "no_boolean": (["--weights_only", "perhaps"], "expected true or false, got 'perhaps'"),
 }
 

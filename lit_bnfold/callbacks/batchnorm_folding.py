@@ -185,7 +185,8 @@ class BatchNormFolding(Callback):
         """
         directory = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         with self._chosen_weights(trainer, pl_module) as weights, self._as_in_the_first_process(trainer, pl_module):
-            self._fold(trainer, pl_module, partial(run_validation, trainer, pl_module), directory, weights)
+            best = None if weights == "last" else _best_score(trainer)
+            self._fold(trainer, pl_module, partial(run_validation, trainer, pl_module), directory, weights, best)
         self._log(trainer)
         self._tell_failed_exports()
 
@@ -201,17 +202,17 @@ class BatchNormFolding(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to fold what an interrupted training has left."""
         self._end_taking_folded()
-        # Not every checkpoint callback keeps a last one.
-        kinds, savers = ("last", "best"), trainer.checkpoint_callbacks
-        found = ((kind, getattr(saver, f"{kind}_model_path", "")) for kind in kinds for saver in savers)
-        kind, path = next((each for each in found if each[1]), ("", ""))
-        if self.plan is None and path:
-            command = ["lit-bnfold", "fold", "--ckpt_path", path]
-            for flag, owner in (("--model", pl_module), ("--data", trainer.datamodule)):  # type: ignore[attr-defined]
-                # The command knows the classes of this package.
-                if owner is not None and not type(owner).__module__.startswith("lit_bnfold."):
-                    command += [flag, _import_path(type(owner))]
-            rank_zero_info(f"Nothing was folded. To fold the {kind} checkpoint: {shlex.join(command)}")
+        if self.plan is None:
+            rank_zero_info(f"Nothing was folded. {_how_to_fold(trainer, pl_module)}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say why nothing was folded, if training ended before it began: then there is no end of training either."""
+        if self.plan is None:
+            rank_zero_warn(
+                "BatchNormFolding folded nothing: there was no step left to train, as with `max_epochs=0`, "
+                "`limit_train_batches=0` or a finished training that is resumed. "
+                f"{_how_to_fold(trainer, pl_module)}"
+            )
 
     def fold_checkpoint(
         self,
@@ -289,10 +290,16 @@ class BatchNormFolding(Callback):
             trainer.validate(pl_module, ckpt_path=path, weights_only=weights_only, **kwargs)
 
     def _fold(
-        self, trainer: Trainer, pl_module: LightningModule, validate: _Validate, directory: Path, weights: str
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        validate: _Validate,
+        directory: Path,
+        weights: str,
+        best: tuple[str, float] | None = None,
     ) -> None:
         if self.reestimate_batches == 0:
-            self._fold_as_it_is(trainer, pl_module, validate, directory, weights)
+            self._fold_as_it_is(trainer, pl_module, validate, directory, weights, best)
             return
         reestimation = Reestimation(pl_module, self.reestimate_batches)
         before = validate([reestimation])
@@ -301,7 +308,7 @@ class BatchNormFolding(Callback):
             reestimation.measure(trainer, pl_module)
         with reestimation.applied(pl_module, keep=lambda: self.folded_module is pl_module):
             reestimated = reestimation.to_dict() | {"before": before.metrics if before else {}}
-            self._fold_as_it_is(trainer, pl_module, validate, directory, weights, reestimated)
+            self._fold_as_it_is(trainer, pl_module, validate, directory, weights, best, reestimated)
 
     def _fold_as_it_is(
         self,
@@ -310,6 +317,7 @@ class BatchNormFolding(Callback):
         validate: _Validate,
         directory: Path,
         weights: str,
+        best: tuple[str, float] | None,
         reestimated: dict[str, Any] | None = None,
     ) -> None:
         """The order of events: validate and watch, plan, fold, validate again, compare, write."""
@@ -319,8 +327,8 @@ class BatchNormFolding(Callback):
             if no_batch:
                 rank_zero_info("There is nothing to validate on: the folded module is proven on one example alone.")
                 self._run_example(trainer, pl_module, original)
-        plan = original.plan()
-        folded = LayerWitness(pl_module, plan)
+        plan = _in_all_processes(trainer, original.plan(), pl_module)
+        folded = LayerWitness(pl_module, plan, self.tolerance)
         trained = {address_of(parameter) for parameter in pl_module.parameters()}
         unfolded, start = runnable_copy(pl_module, trainer), time.perf_counter()
         with folded_in_place(plan, pl_module):
@@ -333,7 +341,18 @@ class BatchNormFolding(Callback):
             outputs = output_error(plan, original, folded)
             tolerance = self.tolerance or _default_tolerance(trainer, pl_module)
             runs = (before, after)
-            self.report = make_report(plan, layer_errors, runs, outputs, weights, tolerance, folded.stray, reestimated)
+            self.report = make_report(
+                plan,
+                layer_errors,
+                runs,
+                outputs,
+                weights,
+                tolerance,
+                objection=folded.objection(),
+                reestimated=reestimated,
+                best=best,
+            )
+            self.report["mismatch"] = _in_any_process(trainer, self.report["mismatch"])
             if self.report["mismatch"] is None:
                 measure = partial(measure_inference, trainer, unfolded, validation_seconds=seconds)
                 self._write(trainer, pl_module, plan, directory, calls, trained, measure)
@@ -424,6 +443,13 @@ class BatchNormFolding(Callback):
             rank_zero_warn(
                 f"Folding moved {moved} by more than rounding explains; look at the report before you use it."
             )
+        score = self.report["best_score"]
+        if score is not None and not score["agrees"]:
+            rank_zero_warn(
+                f"The best weights validate with a {score['monitor']} of {score['validated']:.6g}; the checkpoint "
+                f"callback noted {score['noted']:.6g} for them. Unless this validation draws random numbers or reads "
+                "other data each time, the checkpoint does not hold the weights that were validated."
+            )
         if trainer.is_global_zero:
             print_report(self.report)
         if self.report["mismatch"] is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -492,6 +518,22 @@ class BatchNormFolding(Callback):
         self.report = state_dict or None
 
 
+def _how_to_fold(trainer: Trainer, pl_module: LightningModule) -> str:
+    """Say by what command the last checkpoint is folded, or else the best one; not every callback keeps a last one."""
+    kinds, savers = ("last", "best"), trainer.checkpoint_callbacks
+    found = [(kind, getattr(saver, f"{kind}_model_path", "")) for kind in kinds for saver in savers]
+    # A training that has ended and is resumed saves nothing new.
+    kind, path = next((each for each in (*found, ("last", trainer.ckpt_path)) if each[1]), ("", ""))
+    if not path:
+        return "There is no checkpoint to fold either."
+    command = ["lit-bnfold", "fold", "--ckpt_path", str(path)]
+    for flag, owner in (("--model", pl_module), ("--data", trainer.datamodule)):  # type: ignore[attr-defined]
+        # The command knows the classes of this package.
+        if owner is not None and not type(owner).__module__.startswith("lit_bnfold."):
+            command += [flag, _import_path(type(owner))]
+    return f"To fold the {kind} checkpoint: {shlex.join(command)}"
+
+
 def _import_path(of_class: type[Any]) -> str:
     module = of_class.__module__
     if module == "__main__":
@@ -520,6 +562,28 @@ def _copy(pl_module: LightningModule, trained: Collection[int | None]) -> Lightn
         return None
     finally:
         pl_module.trainer = trainer
+
+
+def _in_all_processes(trainer: Trainer, plan: FoldingPlan, pl_module: LightningModule) -> FoldingPlan:
+    """The plan of the first process, if the others have seen nothing on their data that speaks against it."""
+    plans = [trainer.strategy.broadcast(plan, src=rank) for rank in range(trainer.world_size)]
+    if all(other.folds == plans[0].folds for other in plans):
+        return plans[0]
+    order = [name for name, module in pl_module.named_modules() if KINDS.batchnorm(module)]
+    return plans[0].keeping_all("other-call", "the processes of this fit take different paths through the model", order)
+
+
+def _in_any_process(trainer: Trainer, mismatch: str | None) -> str | None:
+    """What the first process says that has something to say, so that all of them write or none does."""
+    said = (trainer.strategy.broadcast(mismatch, src=rank) for rank in range(trainer.world_size))
+    return next((sentence for sentence in said if sentence is not None), None)
+
+
+def _best_score(trainer: Trainer) -> tuple[str, float] | None:
+    """What the checkpoint callback monitors and its best value; None if it monitors nothing."""
+    saved = trainer.checkpoint_callback
+    monitor, score = getattr(saved, "monitor", None), getattr(saved, "best_model_score", None)
+    return None if monitor is None or score is None else (monitor, float(score))
 
 
 def _default_tolerance(trainer: Trainer, pl_module: LightningModule) -> float:

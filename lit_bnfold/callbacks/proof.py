@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,15 +20,20 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_bnfold.folding import Fold, FoldingPlan, LayerKind, Part
-from lit_bnfold.folding.kinds import KINDS
-from lit_bnfold.folding.moved import Function, moves, with_its_numbers
+from lit_bnfold.folding import Fold, FoldingPlan
+from lit_bnfold.folding.exact import exact_numbers
+from lit_bnfold.folding.kinds import KINDS, LayerKind
+from lit_bnfold.folding.moved import Function, moves, own_numbers, with_numbers
 from lit_bnfold.folding.record import Recorder, tensors_in
 from lit_bnfold.folding.search import make_plan
 from lit_bnfold.metrics import OutputError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+# In float64 nothing is rounded that could matter: what is left is some ten digits better than this.
+_EXACT_TOLERANCE = 1e-6
 
 
 class OutermostCall(NamedTuple):
@@ -126,27 +132,36 @@ class GraphWitness(Witness):
 class LayerWitness(Witness):
     """Compares each folded layer with the BatchNorms applied after the unfolded layer, on the same inputs.
 
+    It does so in the module's own arithmetic, where all that can be asked for is agreement within its roundings. So it
+    looks at two things more, for some examples of each batch that it watches: whether the fold is right when nothing is
+    rounded, in float64, and whether the numbers of the layer are those of that fold, rounded once. Together they find
+    an error of a thousandth in bfloat16 too, if only it is larger than a rounding of the weights.
+
     On the batches behind the first it counts calls: the plan is for modules that are called as on the first one.
 
     Args:
         pl_module: The module before it is folded.
         plan: The plan by which it is going to be folded.
+        tolerance: The largest error that counts as agreement in these two, in units of the largest number. None allows
+            for roundings alone.
 
     Attributes:
         errors: The error of each layer that takes part in a fold, by name.
+        exact_errors: The same in float64.
         stray: A sentence about the first batch that took another path; None if none did.
     """
 
-    def __init__(self, pl_module: LightningModule, plan: FoldingPlan) -> None:
+    def __init__(self, pl_module: LightningModule, plan: FoldingPlan, tolerance: float | None = None) -> None:
         super().__init__(pl_module)
         modules = dict(pl_module.named_modules())
         self._moves = moves(plan, modules, KINDS)
-        self._as_before = {
-            part.layer: with_its_numbers(modules[part.layer], _kind(modules[part.layer], part))
-            for fold in plan.folds
-            for part in fold.parts
-        }
-        self.errors = {name: OutputError() for name in self._moves}
+        self._exact = exact_numbers(plan, modules, KINDS)
+        self._before = {name: own_numbers(modules[name], exact.kind) for name, exact in self._exact.items()}
+        self._tolerance = tolerance
+        self.errors = {name: OutputError().to(_device(pl_module)) for name in self._moves}
+        self.exact_errors = {name: OutputError().to(_device(pl_module)) for name in self._moves}
+        self._wrong_numbers: dict[str, str] = {}
+        self._checked: set[str] = set()
         self._recorder: Recorder | None = None
         self.stray: str | None = None
         self._plan = plan
@@ -185,6 +200,7 @@ class LayerWitness(Witness):
     def watch(self) -> None:
         """Begin to watch whatever the module does next in this thread."""
         self._recorder = self._recorder or Recorder(self.pl_module, plans=False, instead=self._compared)
+        self._checked.clear()
         super().watch()
         self._watching.enter_context(self._recorder)
 
@@ -192,27 +208,102 @@ class LayerWitness(Witness):
         """The function of a layer, whose output is compared with that of the unfolded layer and its BatchNorms."""
         if name not in self._moves:
             return function
-        expected = self._moves[name](self._as_before[name](function))
+        before = with_numbers(self._exact[name].kind, self._before[name])
+        expected = self._moves[name](before(function))
 
         def run(*args: Any, **kwargs: Any) -> Tensor:
             output = function(*args, **kwargs)
-            self.errors[name].to(output.device).update(output, expected(*args, **kwargs))
+            self.errors[name].update(output, expected(*args, **kwargs))
+            if name not in self._checked:
+                self._checked.add(name)
+                self._check(name, function, args, kwargs)
             return output
 
         return run
 
+    def _check(self, name: str, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check the numbers that a folded layer was called with, and in float64 what they were rounded from."""
+        exact = self._exact[name]
+        given = dict(zip(exact.kind.arguments, args, strict=False)) | kwargs
+        wide = _in_float64(function)
+        few = with_numbers(exact.kind, {"input": _some_examples(given["input"], exact.kind)})
+        unrounded = exact.unrounded()
+        objection = exact.objection_to(given, unrounded, self._tolerance or 0.0)
+        if objection is not None:
+            self._wrong_numbers.setdefault(name, objection)
+        with torch.no_grad():
+            output = few(with_numbers(exact.kind, unrounded)(wide))(*args, **kwargs)
+            # Not both at once: in float64, the numbers of a layer are large.
+            unrounded.clear()
+            before = with_numbers(exact.kind, self._before[name])
+            expected = few(self._moves[name](before(wide)))(*args, **kwargs)
+        self.exact_errors[name].update(output, expected)
+
+    def objection(self) -> str | None:
+        """What is wrong beside the errors, in a sentence; None if nothing is.
+
+        It is a batch that took another path, or something about a fold that roundings do not explain.
+
+        To be called on all ranks: it takes the largest errors of all of them.
+        """
+        off = {name: _computed(error)["max_rel"] for name, error in self.exact_errors.items()}
+        if self.stray is not None:
+            return self.stray
+        for name, wrong in self._wrong_numbers.items():
+            return f"the folded layer `{name}` {wrong}"
+        for name, error in off.items():
+            if not error <= max(_EXACT_TOLERANCE, self._tolerance or 0.0):
+                return f"in float64 the folded layer `{name}` is off by {error:.2e} of its largest value"
+        return None
+
     def error_of(self, fold: Fold) -> dict[str, float]:
-        """The largest error of the layers of a fold, infinite if one of them was not called."""
-        if not all(self.errors[layer].update_called for layer in fold.layers):
+        """The largest error of the layers of a fold, infinite if one of them was called on no rank."""
+        errors = [_computed(self.errors[layer]) for layer in fold.layers]
+        if not all(_on_any_rank(self.errors[layer].update_called, self.pl_module) for layer in fold.layers):
             return {"max_abs": math.inf, "max_rel": math.inf}
-        errors = [self.errors[layer].compute() for layer in fold.layers]
-        return {key: max(float(error[key]) for error in errors) for key in ("max_abs", "max_rel")}
+        return {key: max(error[key] for error in errors) for key in ("max_abs", "max_rel")}
 
 
-def _kind(layer: nn.Module, part: Part) -> LayerKind:
-    kind = KINDS.layer(layer, part.function)
-    assert kind is not None
-    return kind
+def _computed(error: OutputError) -> dict[str, float]:
+    """What was measured on all ranks; of those that measured nothing it counts as no error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The ``compute`` method of metric OutputError was called before")
+        return {key: float(value) for key, value in error.compute().items()}
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module is, and its ranks meet."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def _on_any_rank(flag: bool, module: nn.Module) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    flags = torch.tensor([float(flag)], device=_device(module))
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def _in_float64(function: Function) -> Function:
+    """The function of a layer, computed in float64 whatever it is given."""
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        device = next(iter(tensors_in((args, kwargs)))).device.type
+        with torch.autocast(device, enabled=False):
+            return function(*map(_widened, args), **{key: _widened(value) for key, value in kwargs.items()})
+
+    return run
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _some_examples(input: Tensor, kind: LayerKind) -> Tensor:
+    """The first examples of a layer's input, widened: some tens of rows, or two images, for float64 is slow."""
+    without_examples = max(0, -kind.channel_axis)
+    few = input[: 64 if input.dim() == 2 else 2] if input.dim() > without_examples else input
+    return _widened(few)
 
 
 @contextmanager
@@ -268,20 +359,32 @@ def output_error(plan: FoldingPlan, original: Witness, folded: Witness) -> dict[
         ``max_abs``, and ``max_rel`` in units of the largest output, both infinite if the outputs are not of the same
         shapes; None if there was nothing to compare, or if the two did not watch the same batches.
     """
+    # Every rank takes part in each of these questions, whatever its own answer is.
+    module, pairs = original.pl_module, _pairs_of_outputs(plan, original, folded)
+    if _on_any_rank(pairs is None, module):
+        return None
+    pairs = pairs or []
+    if _on_any_rank(any(a is None or b is None or a.shape != b.shape for a, b in pairs), module):
+        return {"max_abs": math.inf, "max_rel": math.inf}
+    error = OutputError().to(_device(module))
+    numbers = [(a, b) for a, b in pairs if a.is_floating_point() or a.is_complex()]
+    for expected, output in numbers:
+        error.update(output, expected)
+    computed = _computed(error)
+    return computed if _on_any_rank(bool(numbers), module) else None
+
+
+def _pairs_of_outputs(plan: FoldingPlan, original: Witness, folded: Witness) -> list[tuple[Any, Any]] | None:
+    """The tensors of both versions' outputs; None if the two did not watch the same batches and calls."""
     if not _same(original.batches, folded.batches) or len(original.calls) != len(folded.calls):
         return None
-    error, compared = OutputError(), False
     names = {module: name for name, module in original.pl_module.named_modules()}
-    for before, after in zip(original.calls, folded.calls, strict=True):
-        if _holds_folds(names[before.module], plan):
-            pairs = list(zip_longest(tensors_in(before.output), tensors_in(after.output)))
-            if any(a is None or b is None or a.shape != b.shape for a, b in pairs):
-                return {"max_abs": math.inf, "max_rel": math.inf}
-            for expected, output in pairs:
-                if expected.is_floating_point() or expected.is_complex():
-                    error.to(output.device).update(output, expected)
-                    compared = True
-    return {key: float(value) for key, value in error.compute().items()} if compared else None
+    return [
+        pair
+        for before, after in zip(original.calls, folded.calls, strict=True)
+        if _holds_folds(names[before.module], plan)
+        for pair in zip_longest(tensors_in(before.output), tensors_in(after.output))
+    ]
 
 
 def _same(first: Any, second: Any) -> bool:

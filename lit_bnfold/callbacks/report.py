@@ -37,8 +37,10 @@ def make_report(
     output_error: Mapping[str, float] | None,
     weights: str,
     tolerance: float,
-    stray: str | None = None,
+    *,
+    objection: str | None = None,
     reestimated: Mapping[str, Any] | None = None,
+    best: tuple[str, float] | None = None,
 ) -> Report:
     """Put together what a folding did and what its proof measured.
 
@@ -49,14 +51,18 @@ def make_report(
         output_error: The same two errors of the module's outputs, None where they were not compared.
         weights: Which weights were folded, in words.
         tolerance: The largest relative error that counts as agreement.
-        stray: A sentence about a batch that took another path than the one the plan was made for, if there was one.
+        objection: A sentence about what is wrong beside these errors, such as a batch that took another path than the
+            one the plan was made for; None if nothing is.
         reestimated: What was re-estimated before all that, with the metrics ``before``; None if nothing was.
+        best: For the best weights, the metric that they are the best by and its value when they were saved.
 
     Returns:
         Plain dicts, lists, strings and numbers. ``mismatch`` says in a sentence what does not agree; None if all does.
         ``moved`` names the metrics that moved by more than rounding explains, which alone is no mismatch: the loss of
-        a perfect model is all rounding, and an accuracy jumps where two classes were equally likely. ``exports`` and
-        ``inference`` are empty, and for whoever exports and measures to fill.
+        a perfect model is all rounding, and an accuracy jumps where two classes were equally likely. ``best_score``
+        says whether the best weights validate as they did when they were saved; None for other weights, and where
+        validation does not log what they are the best by. ``exports`` and ``inference`` are empty, and for whoever
+        exports and measures to fill.
     """
     report: Report = {
         "folds": [
@@ -87,10 +93,25 @@ def make_report(
             "python": platform.python_version(),
         },
     }
-    report["mismatch"] = stray or _mismatch(report, [run.batches for run in runs if run])
+    report["mismatch"] = _mismatch(report, [run.batches for run in runs if run]) or objection
+    report["best_score"] = _best_score(report, best)
     original, folded = report["validation"]["original"], report["validation"]["folded"]
     report["moved"] = [key for key in original if _has_moved(original[key], folded.get(key, math.nan), tolerance)]
     return report
+
+
+def _best_score(report: Report, best: tuple[str, float] | None) -> dict[str, Any] | None:
+    as_saved = report["validation"]["original"] if report["reestimated"] is None else report["reestimated"]["before"]
+    if best is None or best[0] not in as_saved:
+        return None
+    monitor, noted = best
+    validated = as_saved[monitor]
+    return {
+        "monitor": monitor,
+        "noted": noted,
+        "validated": validated,
+        "agrees": abs(validated - noted) <= report["tolerance"] * abs(noted),
+    }
 
 
 def _has_moved(original: float, folded: float, tolerance: float) -> bool:

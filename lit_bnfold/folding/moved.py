@@ -76,25 +76,35 @@ def moves(
     return found
 
 
-def with_its_numbers(layer: nn.Module, kind: LayerKind) -> Callable[[Function], Function]:
-    """Make the function of a layer use the weight and the bias that the layer has now, whatever it is given later.
+def own_numbers(layer: nn.Module, kind: LayerKind) -> dict[str, Tensor | None]:
+    """Weight and bias that a layer has now, by attribute; what it computes at every call is baked for that.
 
     Args:
         layer: The layer.
         kind: Its kind.
+    """
+    put_back = bake(layer) if computed_tensors(layer) else None
+    own = {key: layer._parameters.get(key) for key in ("weight", "bias") if key in kind.arguments}
+    numbers: dict[str, Tensor | None] = {k: None if tensor is None else tensor.detach() for k, tensor in own.items()}
+    if put_back is not None:
+        put_back()
+    return numbers
+
+
+def with_numbers(kind: LayerKind, numbers: Mapping[str, Tensor | None]) -> Callable[[Function], Function]:
+    """Make the function of a layer use other numbers than those it is given.
+
+    Args:
+        kind: The kind of the layer.
+        numbers: Weight and bias, by attribute.
 
     Returns:
         What makes such a function of the function that the layer calls.
     """
-    put_back = bake(layer) if computed_tensors(layer) else None
-    own = {key: layer._parameters.get(key) for key in ("weight", "bias") if key in kind.arguments}
-    numbers = {key: None if tensor is None else tensor.detach() for key, tensor in own.items()}
-    if put_back is not None:
-        put_back()
 
     def move(function: Function) -> Function:
         def run(*args: Any, **kwargs: Any) -> Tensor:
-            given = dict(zip(kind.arguments, args, strict=False)) | kwargs | numbers
+            given = dict(zip(kind.arguments, args, strict=False)) | kwargs | {**numbers}
             named = [given.pop(name) for name in kind.arguments[: len(args)]]
             return function(*named, *args[len(kind.arguments) :], **given)
 
@@ -111,7 +121,8 @@ def _after(
 
 def _normalised(output: Tensor, numbers: Normalisation, part: Part, channel_axis: int) -> Tensor:
     axis = channel_axis % output.dim()
-    numbers = numbers.each(lambda tensor: tensor.to(output.device))
+    # In half precision torch's own kernels take wider numbers than the input; in float64 they take no other.
+    numbers = numbers.each(lambda tensor: tensor.to(output if output.dtype is torch.float64 else output.device))
     if part.channels is None and part.shift == 1.0 and axis == 1:
         return _batch_norm(output, numbers)
     rows = output.movedim(axis, -1)  # (..., C)

@@ -67,6 +67,7 @@ _USUAL_EPS = (1e-5, 1e-3, 1e-6, 1e-4, 1e-8, 1e-12, 0.0)
 
 _FLATTENING = {torch.flatten, Tensor.flatten}
 _RESHAPING = {torch.reshape, Tensor.reshape}
+_RECURRENT_MODULES = {nn.GRU, nn.LSTM, nn.RNN}
 _RECURRENT = {torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu}
 
 _Facts = TypeVar("_Facts", Layer, BatchNorm)
@@ -298,6 +299,9 @@ class Recorder:
         asked = _asked_of_reshape(function, args, kwargs)
         if asked is not None:
             return self._run_reshape(function, asked, args, kwargs)
+        if function is torch._pad_packed_sequence:
+            # It makes a tensor of the lengths without any operation that reads the batch sizes.
+            return self._run_whole("operation", "pad_packed_sequence", function, args, kwargs)
         if function in _RECURRENT:
             # Below, these are hundreds of operations, of which none lets a BatchNorm pass.
             return self._run_whole("operation", function.__name__, function, args, kwargs)
@@ -462,6 +466,10 @@ class Recorder:
 
     def _note_fork(self, args: Any) -> None:
         """A tensor became a Python value: the modules that are running may take another path the next time."""
+        module = self.running[-1].module
+        if type(module) in _RECURRENT_MODULES and module not in self._census.hooked and "forward" not in vars(module):
+            # Torch's own code asks how many sequences a packed batch has, and tells nobody.
+            return
         with self.looking_away:
             values = [self._ledger.value(tensor) for tensor in tensors_in(args)]
             if all(self._is_constant(value) for value in values):

@@ -28,7 +28,7 @@ from lit_bnfold.folding.census import Census
 from lit_bnfold.folding.computed import Undo, bake, computed_tensors
 from lit_bnfold.folding.copying import copy_model, stand_in
 from lit_bnfold.folding.graph import FoldingError
-from lit_bnfold.folding.kinds import KINDS, NORMALISING, Kinds, LayerKind, Rest
+from lit_bnfold.folding.kinds import KINDS, NORMALISING, Kinds, LayerKind, Normalisation, Rest
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
 from lit_bnfold.folding.transparent import UNTOUCHED
 
@@ -207,14 +207,14 @@ def _fold(fold: Fold, modules: dict[str, Any], kinds: Kinds) -> list[Undo]:
     assert kind is not None
     undos: list[Undo] = []
     with torch.no_grad():
-        scale, shift = scale_and_shift(*kind.numbers(batchnorm, fold.eps))
+        scale, shift = scale_of(kind.numbers(batchnorm, fold.eps))
         try:
             for part in fold.parts:
                 layer = modules[part.layer]
                 layer_kind = kinds.layer(layer, part.function)
                 assert layer_kind is not None
                 undos.append(_make_ordinary(layer, layer_kind))
-                numbers = _folded_numbers(fold.direction, part, layer, layer_kind, scale, shift)
+                numbers = folded_numbers(fold.direction, part, layer, layer_kind, scale, shift)
                 undos.extend(_set_data(layer._parameters[key], new) for key, new in numbers.items())
             undos.append(erase(batchnorm, fold.direction, kinds))
         except BaseException:
@@ -228,10 +228,31 @@ def _undo_all(undos: list[Undo]) -> None:
         undo()
 
 
-def _folded_numbers(
+def scale_of(numbers: Normalisation) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a BatchNorm, (C,) each, in float64.
+
+    Args:
+        numbers: The BatchNorm's.
+    """
+    return scale_and_shift(*numbers)
+
+
+def folded_numbers(
     direction: str, part: Part, layer: Any, kind: LayerKind, scale: Tensor, shift: Tensor
 ) -> dict[str, Tensor]:
-    """The new numbers of a layer, by attribute."""
+    """The new numbers of a layer.
+
+    Args:
+        direction: Where the layer takes the BatchNorm from.
+        part: What the layer takes of it.
+        layer: The layer, or anything that has its attributes.
+        kind: Its kind.
+        scale: Scale of the BatchNorm, (C,), float64.
+        shift: Shift of the BatchNorm, (C,), float64.
+
+    Returns:
+        By attribute, rounded once to the dtype of the old ones.
+    """
     weight, groups = layer.weight, kind.groups(layer)
     scale, shift = _by_channel(part, scale.to(weight.device), shift.to(weight.device))
     if not kind.has_bias:

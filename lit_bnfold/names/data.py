@@ -1,18 +1,21 @@
 """Words in, batches of contexts and next characters out: the notebook's data set, for any file of words."""
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import ceil, isclose
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+
+from lit_bnfold.names.sampling import BLOCK, Sampling
 
 # The character that ends a word and fills the context before its first letter. Its index is 0.
 END = "."
@@ -31,7 +34,9 @@ def bundled_words() -> Path:
 
 
 def read_words(path: Path) -> list[str]:
-    r"""Read a UTF-8 file with one word per line; a byte order mark, CRLF and blank lines at the end do not matter.
+    r"""Read a UTF-8 file with one word per line.
+
+    A byte order mark, CRLF, blanks and tabs around a word and empty lines at the end do not matter.
 
     Args:
         path: The words file.
@@ -53,7 +58,8 @@ def read_words(path: Path) -> list[str]:
         line = len(error.object[: error.start + 1].splitlines())
         byte = error.object[error.start]
         raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8.") from None
-    text = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    text = "\n".join(line.strip(" \t") for line in lines).rstrip("\n")
     if not text:
         raise ValueError(f"{path}, line 1: expected a word, found an empty file; write one word per line.")
     words = text.split("\n")
@@ -222,6 +228,24 @@ class SequentialBatches:
             yield self.examples[index]
 
 
+class NameNumbers:
+    """The numbers of the names to sample, in batches (B,) of int64; every process has all of them.
+
+    Args:
+        count: Number of names.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return ceil(self.count / BLOCK)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(self.count).split(BLOCK))
+
+
 class NamesDataModule(LightningDataModule):
     """Words as examples of a context of characters and the character that follows, split as in the notebook.
 
@@ -235,6 +259,9 @@ class NamesDataModule(LightningDataModule):
         seed: Seed of the shuffle before the split, and of the training batches.
         fractions: Parts of the words for training, validation and test, each above 0; their sum is 1.
         eval_batch_size: Examples in a validation or test batch of one process.
+
+    Attributes:
+        sampling: Which names to sample, when a Trainer predicts.
 
     Raises:
         TypeError: If a size or the seed is not an int.
@@ -281,10 +308,27 @@ class NamesDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self.fractions = fractions
+        self.sampling = Sampling()
+
+    @staticmethod
+    def of(trainer: Trainer) -> "NamesDataModule":
+        """Return the data of a trainer.
+
+        Raises:
+            TypeError: If it has none, or other data.
+        """
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, NamesDataModule):
+            raise TypeError(f"Expected a NamesDataModule, which knows the characters, got {data!r}; pass one.")
+        return data
 
     @cached_property
     def _words(self) -> list[str]:
         return read_words(self.path)
+
+    @cached_property
+    def _hash(self) -> str:
+        return hashlib.sha256("\n".join(self._words).encode()).hexdigest()
 
     @cached_property
     def stoi(self) -> dict[str, int]:
@@ -301,6 +345,20 @@ class NamesDataModule(LightningDataModule):
         """Number of characters, `END` included."""
         return len(self.stoi)
 
+    def _split_words(self) -> list[list[str]]:
+        """Return the words for training, validation and test, shuffled."""
+        words = self._words.copy()
+        random.Random(self.seed).shuffle(words)
+        train, val, _ = self.fractions
+        # The notebook cuts at 0.8 and 0.9. The rounding makes a sum of fractions the number that one would write down.
+        cuts = [0, int(train * len(words)), int(round(train + val, 9) * len(words)), len(words)]
+        return [words[first:last] for first, last in pairwise(cuts)]
+
+    @cached_property
+    def training_words(self) -> frozenset[str]:
+        """The different words that training sees."""
+        return frozenset(self._split_words()[0])
+
     @cached_property
     def splits(self) -> dict[str, Examples]:
         """The examples of the splits "train", "val" and "test"; asking for them builds them.
@@ -308,19 +366,16 @@ class NamesDataModule(LightningDataModule):
         Raises:
             ValueError: If there are too few words for every split to have one.
         """
-        words = self._words.copy()
-        random.Random(self.seed).shuffle(words)
-        train, val, _ = self.fractions
-        # The notebook cuts at 0.8 and 0.9. The rounding makes a sum of fractions the number that one would write down.
-        cuts = [0, int(train * len(words)), int(round(train + val, 9) * len(words)), len(words)]
+        split_words = self._split_words()
         # A word of n letters makes n + 1 examples.
-        sizes = [sum(map(len, words[first:last])) + last - first for first, last in pairwise(cuts)]
+        sizes = [sum(map(len, words)) + len(words) for words in split_words]
         if 0 in sizes:
+            count = f"{len(self._words)} word{'s' * (len(self._words) > 1)}"
             raise ValueError(
-                f"{self.path}: expected words for every split, got {len(words)} words, of which the fractions "
-                f"{self.fractions} leave one split none; add words or change the fractions."
+                f"{self.path}: expected words for every split, got {count}, of which the fractions {self.fractions} "
+                "leave one split none; add words or change the fractions."
             )
-        stream = encode_words(words, self.stoi, self.block_size)  # (M,)
+        stream = encode_words(list(chain(*split_words)), self.stoi, self.block_size)  # (M,)
         letter = stream[self.block_size - 1 :] != 0  # (M - block_size + 1,)
         starts = (letter[1:] | letter[:-1]).nonzero().flatten()  # (N,)
         if len(stream) < 2**31:
@@ -334,8 +389,9 @@ class NamesDataModule(LightningDataModule):
         _ = self.stoi
 
     def setup(self, stage: str | None = None) -> None:
-        """Build the splits, which are the same for every stage."""
-        _ = self.splits
+        """Build the splits, which are the same for every stage that takes them."""
+        if stage != "predict":
+            _ = self.splits
 
     def train_dataloader(self) -> RandomBatches:
         """Return batches drawn with replacement, from where the trainer's run stands."""
@@ -350,6 +406,10 @@ class NamesDataModule(LightningDataModule):
     def test_dataloader(self) -> SequentialBatches:
         """Return every test example once."""
         return SequentialBatches(self.splits["test"], self.eval_batch_size, *self._process())
+
+    def predict_dataloader(self) -> NameNumbers:
+        """Return the numbers of the names to sample."""
+        return NameNumbers(self.sampling.number)
 
     def _process(self) -> tuple[int, int]:
         """Return the rank of this process and the number of processes."""
@@ -368,14 +428,14 @@ class NamesDataModule(LightningDataModule):
         return progress.total.processed  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the vocabulary, because a checkpoint's weights mean nothing with another one."""
-        return {"vocabulary": "".join(self.stoi)}
+        """Return the vocabulary, because a checkpoint's weights mean nothing with another one, and the words' hash."""
+        return {"vocabulary": "".join(self.stoi), "words": self._hash}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare the vocabulary of a checkpoint with that of the words.
+        """Compare the vocabulary of a checkpoint with that of the words; warn if only the words are others.
 
         Raises:
-            ValueError: If they differ.
+            ValueError: If the vocabularies differ.
         """
         expected, got = set(state_dict["vocabulary"]), set(self.stoi)
         if expected != got:
@@ -383,3 +443,6 @@ class NamesDataModule(LightningDataModule):
                 f"{self.path}: expected the {len(expected)} characters of the checkpoint, got {len(got)} (missing "
                 f"{sorted(expected - got)}, new {sorted(got - expected)}); pass the words it was trained on."
             )
+        # Checkpoints of earlier versions have no hash.
+        if state_dict.get("words") not in (None, self._hash):
+            rank_zero_warn(f"{self.path} holds other words than those that the checkpoint was trained on.")

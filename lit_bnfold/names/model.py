@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,6 +16,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_bnfold.checkpoint import FoldedLoading
+from lit_bnfold.names.data import NamesDataModule
+from lit_bnfold.names.sampling import sample_names
 
 
 class Perplexity(MeanMetric):
@@ -129,7 +132,8 @@ class BatchNormMLP(FoldedLoading, LightningModule):
         # A call of `log` costs about half a step, also on the steps of which nothing is written.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (self.global_step + 1) % every == 0:
-            self.log("train/loss", loss)
+            self.log("train/loss", loss, prog_bar=True)
+            self.log("train/log10_loss", loss.detach().log10())
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -140,6 +144,11 @@ class BatchNormMLP(FoldedLoading, LightningModule):
         """Add a batch to the test metrics."""
         self._evaluate(batch, self.test_metrics)
 
+    def predict_step(self, batch: Tensor, batch_idx: int) -> list[str]:
+        """Return the names with the numbers of a batch (B,), as the trainer's data wants them sampled."""
+        data = NamesDataModule.of(self.trainer)
+        return sample_names(self.net, data.stoi, self.hparams["block_size"], data.sampling, batch)
+
     def _evaluate(self, batch: tuple[Tensor, Tensor], metrics: MetricCollection) -> None:
         contexts, targets = batch  # (B, block_size), (B,)
         logits = self(contexts)  # (B, vocab_size)
@@ -147,6 +156,21 @@ class BatchNormMLP(FoldedLoading, LightningModule):
         losses = F.cross_entropy(logits, targets, reduction="none")  # (B,)
         metrics.update(preds=logits, target=targets, value=losses)
         self.log_dict(metrics)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the structure of a folded checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint was trained with another number of characters.
+        """
+        own = self.hparams["vocab_size"]
+        trained = checkpoint.get("hyper_parameters", {}).get("vocab_size", own)
+        if own != trained:
+            raise ValueError(
+                f"Expected the {trained} characters that the checkpoint was trained on, got {own}; pass the words it "
+                "was trained on, as they were then."
+            )
+        super().on_load_checkpoint(checkpoint)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return SGD, with a learning rate that falls at the milestones."""

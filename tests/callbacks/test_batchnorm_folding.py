@@ -9,6 +9,7 @@ import random
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,29 @@ import numpy
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelPruning,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import CombinedLoader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 
 import lit_bnfold.callbacks.batchnorm_folding as the_callback
 import lit_bnfold.folding.rewrite as rewriting
 from lit_bnfold import BatchNormFolding, FoldingError, load_folded
+from lit_bnfold.folding import FoldingPlan
 
 pytestmark = [
     # Lightning makes a tree specification in a way that newer versions of torch deprecate.
@@ -86,21 +100,39 @@ class Tiny(LightningModule):
 class Watched(BatchNormFolding):
     """The callback itself, with a look at everything before and after the end of training."""
 
+    everything: Callable[..., dict[str, object]]
     before: dict[str, object]
     after: dict[str, object]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.before = snapshot(trainer, pl_module)
+        alive: list[object] = []
+        # Lightning makes it at the first save, be it this one.
+        assert trainer.strategy.checkpoint_io is not None
+        self.before = self.look(trainer, pl_module, alive)
         try:
             super().on_train_end(trainer, pl_module)
         finally:
-            self.after = snapshot(trainer, pl_module)
+            self.after = self.look(trainer, pl_module, alive)
+
+    def look(self, trainer: Trainer, pl_module: LightningModule, alive: list[object]) -> dict[str, object]:
+        """Everything, except for what the callback is there to add: its files and its metrics."""
+        metrics: dict[str, Any] = trainer.callback_metrics
+        added = {key: metrics.pop(key) for key in list(metrics) if key.startswith("folding/")}
+        seen = snapshot(trainer, pl_module) | Watched.everything(trainer, alive, BatchNormFolding)
+        metrics.update(added)
+        grow = ("files/", "trainer.__dict__._loggers.")
+        return {name: value for name, value in seen.items() if not name.startswith(grow)}
 
     @property
     def trace(self) -> list[str]:
         """The names of what changed."""
         names = self.before.keys() | self.after.keys()
         return sorted(name for name in names if self.before.get(name) != self.after.get(name))
+
+
+@pytest.fixture(autouse=True)
+def _everything(everything: Callable[..., dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Watched, "everything", staticmethod(everything), raising=False)
 
 
 def snapshot(trainer: Trainer, pl_module: LightningModule) -> dict[str, object]:
@@ -357,6 +389,31 @@ def neighbours(path: Path, reverse: bool = False) -> dict[str, Any]:
     return {"callbacks": callbacks[::-1] if reverse else callbacks, "enable_checkpointing": True}
 
 
+class Combined(Tiny):
+    """Gets one batch from each of two loaders at a time."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self.loss(batch["a"]) + self.loss(batch["b"]), batch_size=len(batch["a"][0]))
+
+
+class WithMetrics(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = MetricCollection([MulticlassAccuracy(3), MulticlassPrecision(3)])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.scores(self(batch[0]), batch[1])
+        self.log_dict(self.scores)
+
+
+def combined_loader() -> CombinedLoader:
+    return CombinedLoader({"a": loader(), "b": loader()}, "max_size_cycle")
+
+
+def pruning() -> ModelPruning:
+    return ModelPruning("l1_unstructured", parameter_names=["weight"], amount=0.2, apply_pruning=True)
+
+
 class EMA(WeightAveraging):
     """Averages after each step; without the buffers, as by default, the statistics are those of the last step."""
 
@@ -404,6 +461,29 @@ SITUATIONS: dict[str, Callable[[Path], Situation]] = {
     "ema": lambda _: Situation(trainer={"callbacks": [EMA()]}),
     "no_sanity_check": lambda _: Situation(trainer={"num_sanity_val_steps": 0}),
     "accumulation": lambda _: Situation(trainer={"accumulate_grad_batches": 2}),
+    # Data and lengths of a fit.
+    "combined_loader": lambda _: Situation(Combined, val=combined_loader),
+    "sequential_combined_loader": lambda _: Situation(
+        keys=TWO_KEYS, val=lambda: CombinedLoader([loader(), loader()], "sequential")
+    ),
+    "persistent_worker": lambda _: Situation(val=lambda: loader(num_workers=1, persistent_workers=True)),
+    "two_validation_batches": lambda _: Situation(trainer={"limit_val_batches": 2}),
+    "overfit_batches": lambda _: Situation(trainer={"overfit_batches": 1}),
+    "max_steps": lambda _: Situation(trainer={"max_steps": 2, "max_epochs": -1}),
+    "max_time": lambda _: Situation(trainer={"max_time": {"seconds": 0.2}, "max_epochs": -1}),
+    "metrics": lambda _: Situation(WithMetrics, keys=("MulticlassAccuracy", "MulticlassPrecision")),
+    # Further neighbours, and where they write.
+    "early_stopping": lambda _: Situation(trainer={"callbacks": [EarlyStopping("val/loss", patience=9)]}),
+    "checkpoint": lambda path: Situation(
+        trainer={"callbacks": [ModelCheckpoint(path / "saved", monitor="val/loss")], "enable_checkpointing": True}
+    ),
+    "ema_by_name": lambda _: Situation(trainer={"callbacks": [EMAWeightAveraging()]}),
+    "pruning": lambda _: Situation(trainer={"callbacks": [pruning()]}),
+    "tqdm": lambda _: Situation(trainer={"callbacks": [TQDMProgressBar()], "enable_progress_bar": True}),
+    "rich": lambda _: Situation(trainer={"callbacks": [RichProgressBar()], "enable_progress_bar": True}),
+    "tensorboard": lambda path: Situation(trainer={"logger": TensorBoardLogger(path)}),
+    "csv": lambda path: Situation(trainer={"logger": CSVLogger(path)}),
+    "both_loggers": lambda path: Situation(trainer={"logger": [TensorBoardLogger(path, "a"), CSVLogger(path, "b")]}),
     # Arithmetic.
     "bf16_mixed": lambda _: Situation(atol=0.05, trainer={"precision": "bf16-mixed"}),
     "bf16_true": lambda _: Situation(atol=0.1, trainer={"precision": "bf16-true"}),
@@ -455,7 +535,7 @@ def test_a_fit_is_folded_and_proven_and_otherwise_left_alone(
     assert metrics["folding/kept"] == len(situation.kept)
     assert ("folding/max_rel_error" in metrics) == bool(situation.folds)
     if situation.comparable:
-        limits = {"precision", "limit_val_batches", "fast_dev_run"} & situation.trainer.keys()
+        limits = {"precision", "limit_val_batches", "fast_dev_run", "overfit_batches"} & situation.trainer.keys()
         fresh = quiet_trainer(tmp_path / "fresh", **{key: situation.trainer[key] for key in limits})
         fresh.validate(module, situation.val(), verbose=False)
         assert original == pytest.approx({key: value.item() for key, value in fresh.callback_metrics.items()})
@@ -464,7 +544,8 @@ def test_a_fit_is_folded_and_proven_and_otherwise_left_alone(
     assert files_in(tmp_path) >= {"folded.ckpt", "folding.html", "folding.json"} or not situation.writes
     assert files_in(tmp_path) == set() or situation.writes
     if situation.writes:
-        assert json.loads((tmp_path / "folding.json").read_text()) == report
+        (written,) = tmp_path.rglob("folding.json")
+        assert json.loads(written.read_text()) == report
         assert not [name for name in files_in(tmp_path) if name.endswith(".part")]
 
 
@@ -503,6 +584,32 @@ def checkpointing(path: Path) -> dict[str, Any]:
     return {"callbacks": [saved], "enable_checkpointing": True, "max_epochs": 4}
 
 
+def test_best_weights_that_do_not_validate_as_they_did_are_warned_of(tmp_path: Path, randomised: Randomised) -> None:
+    class Overwriting(ModelCheckpoint):
+        """Its file holds other weights than those that it has noted the score of."""
+
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            pass
+
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            path, score = self.best_model_path, self.best_model_score
+            super().on_train_epoch_end(trainer, pl_module)
+            if path:
+                self.best_model_path, self.best_model_score = path, score
+                trainer.save_checkpoint(path)
+
+    saved = Overwriting(tmp_path / "saved", monitor="val/loss", filename="best", save_on_train_epoch_end=True)
+    folding = BatchNormFolding(weights="best")
+    with pytest.warns(UserWarning, match="the checkpoint does not hold the weights that were validated"):
+        fit(tmp_path, randomised(Worsening()), folding, **checkpointing(tmp_path) | {"callbacks": [saved]})
+    score = folding.report["best_score"]
+    assert (score["monitor"], score["agrees"]) == ("val/loss", False)
+    assert score["validated"] == folding.report["validation"]["original"]["val/loss"]
+    assert score["noted"] == float(saved.best_model_score) < score["validated"]
+    # The fold is right all the same.
+    assert folding.report["mismatch"] is None
+
+
 def test_the_best_weights_are_folded_and_the_last_ones_come_back(tmp_path: Path, randomised: Randomised) -> None:
     module, folding = randomised(Worsening()), Watched(weights="best")
     trainer = fit(tmp_path, module, folding, **checkpointing(tmp_path))
@@ -511,6 +618,12 @@ def test_the_best_weights_are_folded_and_the_last_ones_come_back(tmp_path: Path,
     best = float(trainer.checkpoint_callback.best_model_score)
     assert best < float(trainer.callback_metrics["val/loss"]) - 0.01
     assert folding.report["validation"]["original"] == {"val/loss": pytest.approx(best, abs=1e-7)}
+    assert folding.report["best_score"] == {
+        "monitor": "val/loss",
+        "noted": best,
+        "validated": folding.report["validation"]["original"]["val/loss"],
+        "agrees": True,
+    }
     assert folding.report["validation"]["folded"] == {"val/loss": pytest.approx(best, abs=1e-5)}
     inputs, before = torch.randn(7, 4), module.eval()(torch.ones(1, 4))
     best_module = Worsening()
@@ -704,6 +817,54 @@ def test_a_mismatch_warns_on_request_and_keeps_the_unfolded_module(
     assert folding.trace == []
     assert files_in(tmp_path) == set()
     assert folding.folded_module is None
+
+
+def scaling(monkeypatch: pytest.MonkeyPatch, factor: float) -> list[bool]:
+    """Scale the weights of all layers after the fold; notes for each whether that changed a number."""
+    right, changed = the_callback.folded_in_place, []
+
+    @contextmanager
+    def wrong(plan: FoldingPlan, model: nn.Module) -> Iterator[None]:
+        with right(plan, model):
+            for layer in (model.get_submodule(name) for fold in plan.folds for name in fold.layers):
+                scaled = layer.weight.data * factor
+                changed.append(not torch.equal(scaled, layer.weight.data))
+                layer.weight.data = scaled
+            yield
+
+    monkeypatch.setattr(the_callback, "folded_in_place", wrong)
+    return changed
+
+
+# On a CPU, Lightning makes bf16-mixed of 16-mixed.
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU")
+@pytest.mark.parametrize("precision", ["64-true", "32-true", "bf16-mixed", "16-mixed", "16-true"])
+def test_weights_scaled_by_a_thousandth_after_the_fold_are_a_mismatch_at_every_precision(
+    precision: Any, tmp_path: Path, randomised: Randomised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, folding, changed = randomised(TwoLayers()), Watched(), scaling(monkeypatch, 1.001)
+    with pytest.raises(FoldingError, match=r"does not do what the original does: .* `net\.[03]`"):
+        fit(tmp_path, module, folding, precision=precision)
+    assert changed == [True, True]
+    assert folding.trace == []
+    assert files_in(tmp_path) == set()
+    assert folding.folded_module is None
+
+
+def test_a_thousandth_changes_no_weight_in_bfloat16_and_a_hundredth_is_a_mismatch(
+    tmp_path: Path, randomised: Randomised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two neighbours among its numbers differ by four thousandths at least."""
+    with monkeypatch.context() as context:
+        changed = scaling(context, 1.001)
+        fit(tmp_path / "same", randomised(TwoLayers()), BatchNormFolding(), precision="bf16-true")
+        assert changed == [False, False]
+        assert files_in(tmp_path / "same") == {"folded.ckpt", "folding.html", "folding.json"}
+    changed = scaling(monkeypatch, 1.01)
+    with pytest.raises(FoldingError, match=r"`net\.[03]` has a `weight` that is off by .* roundings to torch.bfloat16"):
+        fit(tmp_path / "other", randomised(TwoLayers()), BatchNormFolding(), precision="bf16-true")
+    assert changed == [True, True]
+    assert files_in(tmp_path / "other") == set()
 
 
 class AllDirections(Tiny):
@@ -1155,7 +1316,7 @@ def test_the_command_that_folds_an_interrupted_training_names_its_classes(caplog
         __qualname__ = "Rows"
 
     saved = argparse.Namespace(last_model_path="a directory/last.ckpt")
-    trainer = argparse.Namespace(checkpoint_callbacks=[saved], datamodule=Rows())
+    trainer = argparse.Namespace(checkpoint_callbacks=[saved], datamodule=Rows(), ckpt_path=None)
     with caplog.at_level("INFO"):
         BatchNormFolding().on_exception(trainer, Script(), KeyboardInterrupt())  # type: ignore[arg-type]
     script = Path(sys.modules["__main__"].__file__).stem

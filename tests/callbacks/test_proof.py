@@ -11,7 +11,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+import lit_bnfold.folding.rewrite as rewriting
 from lit_bnfold.callbacks.proof import GraphWitness, LayerWitness, Witness, output_error
 from lit_bnfold.folding import FoldingPlan, plan_folding
 from lit_bnfold.folding.rewrite import folded_in_place
@@ -287,6 +289,90 @@ def test_whole_numbers_are_left_out_and_nested_outputs_are_found(randomised: Ran
             module.net[0].bias += 1.0
         folded = watched(Witness(module), inputs)
     assert output_error(plan, original, folded)["max_abs"] == pytest.approx(1.0)
+
+
+# What roundings do not explain ----------------------------------------------------------------------------------------
+
+
+def in_dtype(randomised: Randomised, dtype: torch.dtype) -> tuple[Any, Tensor]:
+    return randomised(Network()).to(dtype).eval(), torch.randn(6, 4).to(dtype)
+
+
+def objection(network: Any, inputs: Tensor, change: Callable[[], object], tolerance: float | None = None) -> str | None:
+    plan = watched(GraphWitness(network), inputs).plan()
+    folded = LayerWitness(network, plan, tolerance)
+    with folded_in_place(plan, network):
+        change()
+        return watched(folded, inputs).objection()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_roundings_are_no_objection(dtype: torch.dtype, randomised: Randomised) -> None:
+    assert objection(*in_dtype(randomised, dtype), lambda: None) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(torch.float32, 1.000001), (torch.float16, 1.002), (torch.bfloat16, 1.01)]
+)
+def test_numbers_that_are_not_those_of_the_fold_are_an_objection(
+    dtype: torch.dtype, factor: float, randomised: Randomised
+) -> None:
+    network, inputs = in_dtype(randomised, dtype)
+
+    def change() -> None:
+        network.right.weight.data = network.right.weight.data * factor
+
+    assert "the folded layer `right` has a `weight` that is off by" in objection(network, inputs, change)
+    assert objection(network, inputs, change, tolerance=0.1) is None
+
+
+@pytest.mark.parametrize("name", ["fold_into_outputs", "fold_into_inputs", "add_identity"])
+def test_a_wrong_fold_is_an_objection_in_bfloat16_too(
+    name: str, randomised: Randomised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers are then those of the fold, and it is the fold that is wrong."""
+    right = getattr(rewriting, name)
+
+    def wrong(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        weight, bias = right(*args, **kwargs)
+        return weight * 1.0001, bias
+
+    monkeypatch.setattr(rewriting, name, wrong)
+
+    class Branches(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.behind = nn.Linear(4, 4), nn.BatchNorm1d(4)
+            self.ahead, self.second = nn.BatchNorm1d(4), nn.Linear(4, 4)
+            self.beside, self.third = nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.behind(self.first(inputs)).tanh()
+            hidden = self.second(self.ahead(hidden)).tanh()
+            return self.third(hidden) + self.beside(hidden)
+
+    network: Any = randomised(Branches()).to(torch.bfloat16).eval()
+    layer = {"fold_into_outputs": "first", "fold_into_inputs": "second", "add_identity": "third"}[name]
+    found = objection(network, torch.randn(6, 4).bfloat16(), lambda: None)
+    assert f"in float64 the folded layer `{layer}` is off by" in found
+
+
+def test_only_some_examples_are_computed_in_float64(network: Network) -> None:
+    sizes = []
+
+    class Counting(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is nn.functional.linear and args[0].dtype is torch.float64:
+                sizes.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    network.float()
+    inputs = torch.randn(500, 4)
+    plan = plan_folding(network, (inputs,))
+    folded = LayerWitness(network, plan)
+    with folded_in_place(plan, network), Counting():
+        watched(folded, inputs)
+    assert sizes == [64] * 2 * len(LAYERS)
 
 
 def test_a_layer_that_holds_another_folded_layer_is_compared_as_well(randomised: Randomised) -> None:

@@ -33,8 +33,8 @@ def report(
 def test_it_has_the_keys_that_others_rely_on() -> None:
     made = report()
     promised = {"folds", "kept", "validation", "output_error", "weights", "tolerance", "versions"}
-    assert made.keys() == promised | {"mismatch", "moved", "reestimated", "exports", "inference"}
-    assert (made["reestimated"], made["exports"]) == (None, {})
+    assert made.keys() == promised | {"mismatch", "moved", "reestimated", "exports", "inference", "best_score"}
+    assert (made["reestimated"], made["exports"], made["best_score"]) == (None, {}, None)
     assert made["folds"][1] == {
         "batchnorm": "net.norm2",
         "layers": ["net.left", "net.right"],
@@ -86,6 +86,26 @@ def test_what_does_not_agree_is_said_in_a_sentence(arguments: dict[str, Any], se
     made = report(**arguments)
     assert made["mismatch"] is not None
     assert sentence in made["mismatch"]
+
+
+@pytest.mark.parametrize(("validated", "agrees"), [(2.4, True), (2.4001, True), (2.401, False), (math.nan, False)])
+def test_the_best_weights_validate_as_they_did_or_the_report_says_no(validated: float, agrees: bool) -> None:
+    runs = ValidationRun({"val/loss": validated}, (1,)), ValidationRun({"val/loss": validated}, (1,))
+    made = make_report(FoldingPlan(), [], runs, None, "best", 1e-4, best=("val/loss", 2.4))
+    expected = {"monitor": "val/loss", "noted": 2.4, "validated": validated, "agrees": agrees}
+    assert made["best_score"] == pytest.approx(expected, nan_ok=True)
+    # What was validated with the statistics of the checkpoint counts, not with those that were re-estimated.
+    reestimated = {"batches": 1, "batchnorms": [], "before": {"val/loss": 2.4}}
+    made = make_report(FoldingPlan(), [], runs, None, "best", 1e-4, best=("val/loss", 2.4), reestimated=reestimated)
+    assert made["best_score"]["agrees"]
+    assert make_report(FoldingPlan(), [], runs, None, "best", 1e-4, best=("train/loss", 2.4))["best_score"] is None
+
+
+def test_an_objection_is_a_mismatch_and_a_measured_error_goes_before_it() -> None:
+    runs = (ValidationRun({}, (1,)), ValidationRun({}, (1,)))
+    assert make_report(FoldingPlan(), [], runs, None, "last", 1e-4, objection="no")["mismatch"] == "no"
+    errors = {"max_abs": 1.0, "max_rel": 1.0}
+    assert "off by 1.00e+00" in make_report(FoldingPlan(), [], runs, errors, "", 1e-4, objection="no")["mismatch"]
 
 
 def test_the_tolerance_itself_is_still_agreement() -> None:

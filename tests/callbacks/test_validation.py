@@ -1,10 +1,7 @@
 """The sandboxed runs of validation and of training steps: ordinary numbers, and no trace of it in the Trainer."""
 
-import enum
-import hashlib
 import os
 import random
-import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -28,7 +25,6 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.utilities import CombinedLoader
-from rich.progress import ProgressColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 from torchmetrics import CatMetric, MeanMetric, MetricCollection, MetricTracker, SumMetric
@@ -112,15 +108,17 @@ class StandaloneTiny(Steps, pytorch_lightning.LightningModule):
 class Probe(Callback):
     """Runs the validation twice at the end of training and compares everything before with everything after."""
 
+    everything: Callable[..., dict[str, object]]
+
     def __init__(self) -> None:
         self.runs: list[ValidationRun | None] = []
         self.changes: dict[str, tuple[object, object]] = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         alive: list[object] = []
-        before = snapshot(trainer, alive)
+        before = Probe.everything(trainer, alive, Probe)
         self.validate(trainer, pl_module)
-        after = snapshot(trainer, alive)
+        after = Probe.everything(trainer, alive, Probe)
         self.changes = {
             name: (before.get(name), after.get(name))
             for name in before.keys() | after.keys()
@@ -133,6 +131,11 @@ class Probe(Callback):
 
     def validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.runs = [run_validation(trainer, pl_module) for _ in range(2)]
+
+
+@pytest.fixture(autouse=True)
+def _everything(everything: Callable[..., dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Probe, "everything", staticmethod(everything), raising=False)
 
 
 @dataclass
@@ -184,78 +187,6 @@ def fit(situation: Situation, tmp_path: Path, probe: Probe) -> LightningModule:
         loaders = {"train_dataloaders": situation.train(), "val_dataloaders": situation.val and situation.val()}
     quiet_trainer(tmp_path, **arguments).fit(module, **loaders)
     return module
-
-
-# Everything that a Trainer, its module and the process hold, field by field ------------------------------------------
-
-OPENED = ("lightning.", "pytorch_lightning.", "torch.nn", "torch.optim", "torch.utils.data", "torchmetrics.", __name__)
-PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
-
-
-def snapshot(trainer: Any, alive: list[object]) -> dict[str, object]:
-    """Names every field that can be reached from `trainer` and gives each a value that can be compared.
-
-    Objects are compared by identity and then by their own fields, so neither a changed object nor an equal copy of
-    it goes unseen. Whatever was seen goes to `alive`, since an object that dies can lend its identity to a new one.
-    """
-    fields: dict[str, object] = {
-        "global/torch": torch.get_rng_state().numpy().tobytes(),
-        "global/python": random.getstate(),
-        "global/numpy": repr(numpy.random.get_state()),
-        "global/grad": torch.is_grad_enabled(),
-        "global/dtype": torch.get_default_dtype(),
-        "global/stance": torch._dynamo.eval_frame._stance.stance,
-    }
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.flush()
-    root = Path(trainer.default_root_dir)
-    for path in root.rglob("*"):
-        fields[f"files/{path.relative_to(root)}"] = path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()
-
-    seen: set[int] = set()
-    pending: deque[tuple[str, object]] = deque([("trainer", trainer)])
-    while pending:
-        name, thing = pending.popleft()
-        fields[name], inner = value_of(thing)
-        alive.append(thing)
-        if id(thing) not in seen:
-            seen.add(id(thing))
-            pending += [(f"{name}.{key}", part) for key, part in inner.items()]
-    return fields
-
-
-def value_of(thing: Any) -> tuple[object, dict[object, object]]:
-    """Returns what to compare of `thing`, and what is inside of it by name."""
-    if isinstance(thing, PLAIN):
-        return repr(thing), {}
-    if isinstance(thing, tuple):
-        # Tuples are often made anew, so only what is in them counts.
-        return len(thing), dict(enumerate(thing))
-    identity = (type(thing).__qualname__, id(thing))
-    # The columns of the Rich bar are redrawn by a thread of their own.
-    opened = type(thing).__module__.startswith(OPENED) and not isinstance(thing, (Probe, ProgressColumn))
-    inner: dict[object, object] = {"__dict__": vars(thing)} if opened and hasattr(thing, "__dict__") else {}
-    if isinstance(thing, Tensor):
-        content = thing.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return (*identity, thing.dtype, thing.shape, thing.requires_grad, content), {
-            "grad": thing.is_leaf and thing.grad
-        }
-    if isinstance(thing, torch.Generator):
-        return (*identity, thing.get_state().numpy().tobytes()), {}
-    if isinstance(thing, numpy.random.RandomState):
-        return (*identity, repr(thing.get_state())), {}
-    if isinstance(thing, random.Random):
-        return (*identity, thing.getstate()), {}
-    if isinstance(thing, numpy.random.Generator):
-        return (*identity, repr(thing.bit_generator.state)), {}
-    if isinstance(thing, dict):
-        return (*identity, [repr(key) for key in thing]), {**inner, **thing}
-    if isinstance(thing, (list, deque)):
-        return (*identity, len(thing)), {**inner, **dict(enumerate(thing))}
-    if isinstance(thing, set):
-        return (*identity, sorted(map(repr, thing))), {}
-    return identity, {} if isinstance(thing, (type, types.FunctionType)) else inner
 
 
 # The situations ------------------------------------------------------------------------------------------------------

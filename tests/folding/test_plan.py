@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 from lit_bnfold.folding import Fold, FoldingError, FoldingPlan, Kept, Part, plan_folding
 
@@ -110,6 +111,40 @@ def test_block_that_is_told_the_outcome_of_a_branch_keeps_its_batchnorm(judge: J
 
     for tell in (lambda m, x: m.block(x, bool(x.sum() > -1e9)), lambda m, x: m.block(x, normalise=bool(x[0, 0] < 1e9))):
         judge(net(tell, block=net(forward)), X, kept={"block.bn": "python-value"}, others=[(X * 1e10,), (X * -1e10,)])
+
+
+@pytest.mark.parametrize("layer", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_layer_that_counts_the_sequences_of_a_packed_batch_is_no_branch(
+    layer: Any, judge: Judge, net: Any
+) -> None:
+    def forward(m: Any, words: PackedSequence) -> Tensor:
+        tokens = torch.tanh(m.norm(m.project(words.data)))
+        states, _ = pad_packed_sequence(m.rnn(words._replace(data=tokens))[0], batch_first=True)
+        return m.bn(m.fc(states).transpose(1, 2))
+
+    def model() -> Any:
+        parts = {"project": nn.Linear(3, 4), "norm": nn.BatchNorm1d(4), "rnn": layer(4, 5)}
+        return net(forward, fc=nn.Linear(5, 2), bn=nn.BatchNorm1d(2), **parts)
+
+    folds = {"norm": ["project"], "bn": ["fc"]}
+    judge(model(), packed(3, 2), folds=folds, others=[(packed(4, 4, 1),), (packed(1),)])
+    # Code of somebody else's around it may ask more, and tell.
+    hooked, asked = model(), []
+    hooked.rnn.register_forward_hook(lambda module, args, output: asked.append(bool(output[0].data.sum() > 0)))
+    judge(hooked, packed(3, 2), kept=dict.fromkeys(folds, "python-value"), others=[])
+
+
+def test_lengths_of_a_packed_batch_are_no_constants(judge: Judge, net: Any) -> None:
+    def forward(m: Any, words: PackedSequence) -> Tensor:
+        h = m.fc(words.data)
+        _, lengths = pad_packed_sequence(words)
+        return m.bn(h) if lengths.max() < 4 else h
+
+    judge(net(forward), packed(3, 2), kept={"bn": "python-value"}, others=[(packed(5, 2),)])
+
+
+def packed(*lengths: int) -> PackedSequence:
+    return pack_sequence([torch.randn(length, 3, dtype=torch.float64) for length in lengths])
 
 
 def test_block_that_was_called_before_the_branch_does_not_keep_its_batchnorm(judge: Judge, net: Any) -> None:

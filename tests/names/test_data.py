@@ -20,6 +20,7 @@ from lit_bnfold.names.data import (
     read_words,
 )
 from lit_bnfold.names.model import BatchNormMLP
+from lit_bnfold.names.sampling import BLOCK, Sampling
 
 pytestmark = [
     # Resumed runs have no checkpoint callback of their own, or one that writes beside the old one.
@@ -120,6 +121,9 @@ PLAIN = ["anna", "bo", "c", "dora", "eve", "finn", "gus", "hal", "ida", "jo"]
         pytest.param("\n".join(PLAIN) + "\n\n\n", PLAIN, id="blank lines at the end"),
         pytest.param("\r\n".join(PLAIN) + "\r\n", PLAIN, id="CRLF"),
         pytest.param("\r".join(PLAIN), PLAIN, id="CR"),
+        pytest.param(" \n\t".join(PLAIN) + " \r\n  \n", PLAIN, id="blanks and tabs around words"),
+        pytest.param("Anna\nanna\nanna\nR2 D2", ["Anna", "anna", "anna", "R2 D2"], id="case, digits, one word twice"),
+        pytest.param("anna", ["anna"], id="one word"),
         pytest.param("\ufeff" + "\n".join(PLAIN), PLAIN, id="byte order mark"),
         pytest.param("žofie\nåse\n李\n🙂🙃", ["žofie", "åse", "李", "🙂🙃"], id="UTF-8"),
         pytest.param("mary ann\njean\u2028luc", ["mary ann", "jean\u2028luc"], id="odd characters inside"),
@@ -166,6 +170,7 @@ def test_the_words_stand_beside_the_module_or_at_the_top_of_the_checkout(
         (b"anna\n\nbo\n", "words.txt, line 2: expected a word, found an empty line; remove the line."),
         (b"\nanna", "words.txt, line 1: expected a word, found an empty line; remove the line."),
         (b"anna\r\nbo\r\n\r\nc", "words.txt, line 3: expected a word, found an empty line; remove the line."),
+        (b"anna\n \t\nbo\n", "words.txt, line 2: expected a word, found an empty line; remove the line."),
         (b"anna\nj.r.\n", "words.txt, line 2: 'j.r.' contains '.', which ends a word; remove it."),
         (b".", "words.txt, line 1: '.' contains '.', which ends a word; remove it."),
         (b"anna\nren\xe9e\nbo", "words.txt, line 2: byte 0xe9 is not UTF-8; save the file as UTF-8."),
@@ -482,6 +487,37 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(run: Run, tmp_path: Path)
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         run.fit(ckpt_path=ckpt_path, data=other)
+
+
+def test_other_words_of_the_same_characters_are_told_of(run: Run, tmp_path: Path) -> None:
+    ckpt_path = run.checkpoint(EVERY_STEP, 5, "the next batch")
+    words = read_words(Path(run.words))
+    shorter = NamesDataModule(write(tmp_path / "other.txt", "\n".join(words[1:])), batch_size=16)
+    predicting = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    model = BatchNormMLP(vocab_size=6, n_hidden=8)
+    with pytest.warns(UserWarning, match=r"other\.txt holds other words than those that the checkpoint was trained on"):
+        predicting.predict(model, shorter, ckpt_path=ckpt_path)
+    # A byte order mark makes no other words, and a checkpoint of an earlier version has no hash.
+    same = NamesDataModule(write(tmp_path / "same.txt", "\ufeff" + "\r\n".join(words)), batch_size=16)
+    predicting.predict(model, same, ckpt_path=ckpt_path)
+    shorter.load_state_dict({"vocabulary": ".abcde"})
+
+
+def test_the_training_words_are_those_of_the_training_split() -> None:
+    data = NamesDataModule()
+    assert data.training_words == set(spelled(data, "train"))
+    assert not data.training_words >= set(spelled(data, "test"))
+
+
+def test_predicting_needs_no_splits(tmp_path: Path) -> None:
+    data = NamesDataModule(write(tmp_path / "words.txt", "anna"))
+    data.setup("predict")
+    data.sampling = Sampling(number=2 * BLOCK + 1)
+    batches = list(data.predict_dataloader())
+    assert len(data.predict_dataloader()) == len(batches) == 3
+    assert torch.equal(torch.cat(batches), torch.arange(2 * BLOCK + 1))
+    with pytest.raises(ValueError, match=r"got 1 word, of which"):
+        data.setup("fit")
 
 
 def test_the_hyperparameters_rebuild_the_data(run: Run) -> None:

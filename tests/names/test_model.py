@@ -1,3 +1,4 @@
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -188,8 +189,15 @@ def test_the_training_loss_is_logged_on_the_steps_that_are_written_and_no_other(
     monkeypatch.setattr(LightningModule, "log", lambda self, name, value: calls.append(name) or log(self, name, value))
     logger = MemoryLogger()
     trainer(logger=logger, log_every_n_steps=4, max_epochs=2).fit(BatchNormMLP(), random_batches(7))
-    assert logger.written == [(3, ["train/loss"]), (7, ["train/loss"]), (11, ["train/loss"])]
-    assert calls == ["train/loss"] * 3
+    assert logger.written == [(step, ["train/log10_loss", "train/loss"]) for step in (3, 7, 11)]
+    assert calls == ["train/loss", "train/log10_loss"] * 3
+
+
+def test_the_common_logarithm_of_the_loss_is_logged_beside_it() -> None:
+    fitted = trainer(logger=MemoryLogger(), log_every_n_steps=2, max_steps=2)
+    fitted.fit(BatchNormMLP(), random_batches(2))
+    loss = fitted.logged_metrics["train/loss"].item()
+    assert fitted.logged_metrics["train/log10_loss"].item() == pytest.approx(math.log10(loss), rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log..` but it is disabled")

@@ -1,0 +1,120 @@
+"""The parser of the command line: it says in one sentence what is wrong, and what was perhaps meant."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml  # type: ignore[import-untyped]
+from lightning.pytorch.cli import LightningArgumentParser
+
+
+class OneSentenceParser(LightningArgumentParser):
+    """Takes no abbreviations, and answers a mistake with one sentence instead of the list of all options.
+
+    Args:
+        *args: Those of LightningCLI's own parser.
+        **kwargs: Likewise.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviation of today is an option of its own tomorrow.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Leave with a sentence and the code 2.
+
+        Args:
+            message: What is wrong, in jsonargparse's words.
+            ex: Where it comes from.
+        """
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        prog = parser.prog.replace(" [options]", "")
+        said = sentence(message, options_of(parser))
+        sys.stderr.write(f"lit-bnfold: {said}\n`{prog} --help` explains every option.\n")
+        self.exit(2)
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The long options that a parser takes."""
+    return [option for option in parser._option_string_actions if option.startswith("--")]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a configuration.
+
+    Args:
+        path: A YAML file.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a configuration at {path}, found no file.")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"Expected YAML in {path}: {' '.join(str(error).split())}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"Expected a configuration with `model` and `data` in {path}, got {type(config).__name__}.")
+    return config
+
+
+def sentence(message: str, options: Iterable[str]) -> str:
+    """Say in one sentence what jsonargparse says in many lines.
+
+    Args:
+        message: A message of jsonargparse.
+        options: The options that there are.
+
+    Example:
+        >>> sentence("unrecognized arguments: --model.n_hiden 3", ["--model.n_embd", "--model.n_hidden"])
+        'There is no option --model.n_hiden; did you mean --model.n_hidden?'
+        >>> sentence("argument --model.lr: expected one argument", [])
+        '--model.lr: expected one argument.'
+    """
+    unknown = re.search(r"(?:unrecognized arguments:|does not accept option) (.*)", message)
+    if unknown is not None:
+        return _of_unknown(unknown[1].strip("'").split(), list(options))
+    message = re.sub(r'^Parser key "(.+?)":', r"--\1:", message)
+    message = re.sub(r"^argument (?:subcommand: )?", "", message)
+    union = re.search(r"Subtypes: \[(.*)\]\n[\s\S]*Given value: (.*)", message)
+    wrong = union or re.search(r"Expected an? (.*?)\. Got value: (.*)", message)
+    if wrong is not None:
+        return f"{message.split(':')[0]}: expected {_in_words(wrong[1])}, got {wrong[2]}."
+    return " ".join(message.split()).rstrip(".") + "."
+
+
+def _of_unknown(arguments: list[str], options: list[str]) -> str:
+    names = ["--" + argument.partition("=")[0].lstrip("-") for argument in arguments if argument.startswith("-")]
+    # From a configuration, the key comes without dashes.
+    names = names or ([f"--{arguments[0]}"] if "." in arguments[0] else [])
+    if not names:
+        return f"Nothing is expected at {' '.join(arguments)}; an option begins with --."
+    near = _nearest(names[0], options)
+    return f"There is no option {names[0]}" + ("." if near is None else f"; did you mean {near}?")
+
+
+def _nearest(name: str, options: list[str]) -> str | None:
+    """The option of nearly that name, be it in another group."""
+    close = get_close_matches(name, options, n=1, cutoff=0.8)
+    if not close:
+        last_parts = {option.rpartition(".")[2].lstrip("-"): option for option in options}
+        found = get_close_matches(name.rpartition(".")[2].lstrip("-"), last_parts, n=1, cutoff=0.8)
+        close = [last_parts[part] for part in found]
+    return next(iter(close), None)
+
+
+def _in_words(kinds: str) -> str:
+    """What types are called on the command line."""
+    kinds = re.sub(r"<class '(.+?)'>", r"\1", kinds)
+    kinds = re.sub(r"\b(?:\w+\.)+(?=\w)", "", kinds)  # the modules that they are from
+    return kinds.replace("NoneType", "null").replace("Literal", "one of ")
