@@ -132,7 +132,7 @@ class Hungry(Network):
 def test_what_is_not_measured_has_a_reason(changes: dict[str, Any], reason: str) -> None:
     original, folded = both()
     made = measured(**{"original": original, "folded": folded} | changes)
-    assert len(made["not_measured"]) == 1
+    assert any(reason in sentence for sentence in made["not_measured"])
     assert made["not_measured"][0].startswith(reason)
     assert not made["not_measured"][0].endswith(".")
     assert 1024 not in [each["batch_size"] for each in made["latency"]]
