@@ -132,9 +132,9 @@ class Hungry(Network):
 def test_what_is_not_measured_has_a_reason(changes: dict[str, Any], reason: str) -> None:
     original, folded = both()
     made = measured(**{"original": original, "folded": folded} | changes)
-    assert any(reason in sentence for sentence in made["not_measured"])
-    assert made["not_measured"][0].startswith(reason)
-    assert not made["not_measured"][0].endswith(".")
+    # On a busy machine the small batch may take too long as well.
+    (sentence,) = (each for each in made["not_measured"] if each.startswith(reason))
+    assert not sentence.endswith(".")
     assert 1024 not in [each["batch_size"] for each in made["latency"]]
 
 
