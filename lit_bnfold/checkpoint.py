@@ -8,7 +8,6 @@ One more key in the state dict is there for whoever loads the file in the ordina
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import tempfile
 import types
@@ -23,7 +22,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lit_bnfold.folding import FoldingError, FoldingPlan
 from lit_bnfold.folding.kinds import Rest
@@ -40,7 +38,17 @@ _Module = TypeVar("_Module", bound=LightningModule)
 _Undo = Callable[[], None]
 _Hook = Callable[[dict[str, Any]], None]
 
-# Lightning's sharded strategies write a directory: the tensors in the format of torch, all the rest in this file.
+SHARDED_STRATEGIES = {
+    "FSDPStrategy": "the sharded directory as it is, or the file that "
+    "`python -m lightning.pytorch.utilities.consolidate_checkpoint` makes of it",
+    # Lightning's command does not know what ModelParallel writes.
+    "ModelParallelStrategy": "the sharded directory as it is",
+    "DeepSpeedStrategy": "the file that `lightning.pytorch.utilities.deepspeed."
+    "convert_zero_checkpoint_to_fp32_state_dict` makes of the directory",
+}
+"""The strategies under which no process has the whole module, and what of theirs can be folded afterwards."""
+
+# They write a directory: the tensors in the format of torch, all the rest in this file.
 _SHARDED_REST = "meta.pt"
 
 
@@ -85,7 +93,7 @@ def load_folded(model_class: type[_Module], path: str | Path, **kwargs: Any) -> 
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected a folded checkpoint at {path}, found no file.")
 
-    checkpoint = _read(Path(path), kwargs.get("weights_only"))
+    checkpoint = read_checkpoint(Path(path), kwargs.get("weights_only"))
     if MANIFEST not in checkpoint:
         raise FoldingError(f"{path} is not folded; {model_class.__name__}.load_from_checkpoint loads it.")
     # Lightning's own load does everything by its rules and by those of the class; it only meets another structure.
@@ -213,6 +221,26 @@ def read_training(path: str | Path, weights_only: bool | None = None) -> dict[st
     """Read what an unfolded checkpoint says of its training: the hyperparameters, the step, and so on.
 
     Args:
+        path: As for ``read_checkpoint``.
+        weights_only: Likewise.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is nothing at ``path``.
+        FoldingError: If the checkpoint is folded.
+        ValueError: If it is no checkpoint of Lightning, or holds more than ``weights_only`` allows.
+    """
+    checkpoint = read_checkpoint(Path(path), weights_only)
+    _check_is_unfolded(checkpoint, path)
+    return checkpoint
+
+
+def read_checkpoint(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+    """Read what a checkpoint says, whether it is folded or not.
+
+    Args:
         path: A checkpoint of Lightning, a file or the directory of a sharded strategy.
         weights_only: Whether to read nothing but tensors and plain values; None as for ``torch.load``.
 
@@ -221,20 +249,16 @@ def read_training(path: str | Path, weights_only: bool | None = None) -> dict[st
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
-        FoldingError: If the checkpoint is folded.
         ValueError: If it is no checkpoint of Lightning, or holds more than ``weights_only`` allows.
     """
-    checkpoint = _read(Path(path), weights_only)
-    _check_is_unfolded(checkpoint, path)
-    return checkpoint
-
-
-def _read(path: Path, weights_only: bool | None) -> dict[str, Any]:
     _check_layout(path)
     file = path / _SHARDED_REST if path.is_dir() else path
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(file))
-    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    # A file of another kind, or a damaged one, can end the reading in any way.
+    except Exception as error:
         if zipfile.is_zipfile(file) and "weights_only" in str(error):
             raise ValueError(
                 f"The checkpoint {path} holds more than tensors and plain values; if you trust it, read it with "
@@ -263,6 +287,9 @@ def one_file(path: str | Path, weights_only: bool | None = None) -> Iterator[str
     if not Path(path).is_dir():
         yield str(path)
         return
+    # Nobody else has to wait for it to load.
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
     rest = read_training(path, weights_only)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "consolidated.ckpt"

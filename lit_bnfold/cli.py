@@ -24,6 +24,7 @@ from lit_bnfold.callbacks import BatchNormFolding, HistogramMonitor, UpdateRatio
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
 from lit_bnfold.callbacks.monitor import skip_idle_hooks
 from lit_bnfold.callbacks.speed import SpeedMonitor
+from lit_bnfold.checkpoint import read_checkpoint
 from lit_bnfold.fold_command import SUMMARY, find_last_checkpoint, fold
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
@@ -120,7 +121,7 @@ class NamesCLI(LightningCLI):
         if path is None and self.config.subcommand == "predict":
             raise ValueError("Expected a checkpoint to sample names from; pass --ckpt_path FILE, or --ckpt_path last.")
         if path is not None and Path(path).is_file():
-            checkpoint = _read_checkpoint(path)
+            checkpoint = read_checkpoint(Path(path), weights_only=True)
             explicit = _arguments_of_the_network(given, configurations) & vars(config.model).keys()
             _tell_overridden(path, checkpoint.get("hyper_parameters", {}), {k: config.model[k] for k in explicit})
             # Before everything else on the command line, so that what is said there or in a configuration counts.
@@ -217,15 +218,6 @@ def _configurations(args: list[str]) -> list[Path]:
     values = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
     values += [argument.partition("=")[2] for argument in args if argument.startswith("--config=")]
     return [path for path in map(Path, values) if path.is_file()]
-
-
-def _read_checkpoint(path: str) -> dict[str, Any]:
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint.get("state_dict")
-    except Exception as error:
-        raise ValueError(f"Expected a checkpoint of Lightning at {path}, found another kind of file.") from error
-    return checkpoint
 
 
 def _data_arguments(checkpoint: dict[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ from lit_bnfold.callbacks.report import Report, make_report, print_report, scala
 from lit_bnfold.callbacks.tensorboard import show_in_tensorboard
 from lit_bnfold.callbacks.validation import ValidationRun, first_training_batch, run_validation
 from lit_bnfold.checkpoint import (
+    SHARDED_STRATEGIES,
     FoldedLoading,
     one_file,
     progress_of_training,
@@ -47,15 +48,6 @@ _Validate = Callable[[Sequence[Callback]], ValidationRun | None]
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 # On cuda, float32 convolutions and products may be computed with the ten bits of TF32.
 _TF32_TOLERANCE = 1e-2
-
-# How to come by a checkpoint that `lit-bnfold fold` takes. Lightning's command does not know what ModelParallel writes.
-_SHARDED_STRATEGIES = {
-    "FSDPStrategy": "the sharded directory as it is, or the file that "
-    "`python -m lightning.pytorch.utilities.consolidate_checkpoint` makes of it",
-    "ModelParallelStrategy": "the sharded directory as it is",
-    "DeepSpeedStrategy": "the file that `lightning.pytorch.utilities.deepspeed."
-    "convert_zero_checkpoint_to_fp32_state_dict` makes of the directory",
-}
 
 
 class BatchNormFolding(Callback):
@@ -162,11 +154,11 @@ class BatchNormFolding(Callback):
         self.plan = self.report = self.folded_module = None
         self._check_dirpath()
         strategy = type(trainer.strategy).__name__
-        if strategy in _SHARDED_STRATEGIES:
+        if strategy in SHARDED_STRATEGIES:
             raise FoldingError(
                 f"BatchNormFolding needs whole weights on every device, and {strategy} shards them: train without it, "
                 "and fold a checkpoint afterwards with `lit-bnfold fold --ckpt_path CHECKPOINT --model "
-                f"some.module.Class`, which takes {_SHARDED_STRATEGIES[strategy]}."
+                f"some.module.Class`, which takes {SHARDED_STRATEGIES[strategy]}."
             )
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]

@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from lit_bnfold.checkpoint import SHARDED_STRATEGIES
+
 # The hooks that Lightning calls on each training step.
 _STEP_HOOKS = (
     "on_train_batch_start",
@@ -19,8 +21,6 @@ _STEP_HOOKS = (
     "on_before_optimizer_step",
     "on_train_batch_end",
 )
-
-_SHARDED_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
 def skip_idle_hooks(callback: Callback) -> None:
@@ -127,7 +127,7 @@ class StepMonitor(Monitor):
             MisconfigurationException: If the strategy shards the module.
         """
         strategy = type(trainer.strategy).__name__
-        if stage == "fit" and strategy in _SHARDED_STRATEGIES:
+        if stage == "fit" and strategy in SHARDED_STRATEGIES:
             raise MisconfigurationException(
                 f"{type(self).__name__} needs whole parameters on every device; {strategy} shards them. "
                 "Take it out of the callbacks."
