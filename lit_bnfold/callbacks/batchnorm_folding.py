@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lit_bnfold.callbacks.export import FILES, Call, Export, check_extras, export_files, first_call
 from lit_bnfold.callbacks.html_report import write_html
-from lit_bnfold.callbacks.inference import Inference, measure_inference, runnable_copy
+from lit_bnfold.callbacks.inference import Inference, eval_copy, measure_inference, runnable_copy
 from lit_bnfold.callbacks.proof import GraphWitness, LayerWitness, Witness, output_error
 from lit_bnfold.callbacks.reestimation import Reestimation
 from lit_bnfold.callbacks.report import Report, make_report, print_report, scalars, write_report
@@ -37,7 +37,6 @@ from lit_bnfold.checkpoint import (
     whole_file,
 )
 from lit_bnfold.folding import FoldingError, FoldingPlan
-from lit_bnfold.folding.copying import copy_model, stand_in
 from lit_bnfold.folding.kinds import KINDS
 from lit_bnfold.folding.record import address_of
 from lit_bnfold.folding.rewrite import folded_in_place
@@ -546,14 +545,11 @@ def _copy(pl_module: LightningModule, trained: Collection[int | None]) -> Lightn
     It takes over what the fold made, which the module itself is about to drop, and copies what was ``trained``.
     """
     made = (parameter for parameter in pl_module.parameters() if address_of(parameter) not in trained)
-    trainer, pl_module.trainer = pl_module.trainer, None
     try:
-        return copy_model(pl_module, {id(parameter): stand_in(parameter) for parameter in made}).eval()
+        return eval_copy(pl_module, made, pl_module.trainer)
     except FoldingError as error:
         rank_zero_warn(f"{error} BatchNormFolding has no folded_module; load_folded makes one of the file.")
         return None
-    finally:
-        pl_module.trainer = trainer
 
 
 def _in_all_processes(trainer: Trainer, plan: FoldingPlan, pl_module: LightningModule) -> FoldingPlan:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -48,6 +49,26 @@ class _Versions(NamedTuple):
     folded: nn.Module
 
 
+def eval_copy(
+    pl_module: LightningModule, shared: Iterable[nn.Parameter], trainer: Trainer | None = None
+) -> LightningModule:
+    """A copy in eval mode, without a Trainer.
+
+    Args:
+        pl_module: The module.
+        shared: Those of its parameters whose memory the copy is built around.
+        trainer: The Trainer that the module is attached to, if it is.
+
+    Raises:
+        FoldingError: If it cannot be copied, such as a module with a lock.
+    """
+    pl_module.trainer = None
+    try:
+        return copy_model(pl_module, {id(parameter): stand_in(parameter) for parameter in shared}).eval()
+    finally:
+        pl_module.trainer = trainer
+
+
 def runnable_copy(pl_module: LightningModule, trainer: Trainer | None = None) -> LightningModule | None:
     """A copy in eval mode, without a Trainer, around the memory of the module's parameters.
 
@@ -58,15 +79,31 @@ def runnable_copy(pl_module: LightningModule, trainer: Trainer | None = None) ->
     Returns:
         The copy: running it leaves the module's buffers and attributes as they are. None if it cannot be copied.
     """
-    pl_module.trainer = None
     try:
-        return copy_model(
-            pl_module, {id(parameter): stand_in(parameter) for parameter in pl_module.parameters()}
-        ).eval()
+        return eval_copy(pl_module, pl_module.parameters(), trainer)
     except FoldingError:
         return None
-    finally:
-        pl_module.trainer = trainer
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """In here copies of a module run without a word, a gradient, compiled code, or a trace in the random numbers."""
+    with isolate_rng(), quietly(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def obstacle_to_running(trainer: Trainer, calls: Sequence[Call]) -> str | None:
+    """Why copies of a module are not run, in words; None if they can be.
+
+    Args:
+        trainer: The Trainer.
+        calls: The calls of the module that are known.
+    """
+    if trainer.world_size > 1:
+        return "one of several processes does not run the module alone"
+    if not calls:
+        return "validation does not call the module itself, and it has no `example_input_array`"
+    return None
 
 
 def measure_inference(
@@ -98,9 +135,11 @@ def measure_inference(
         return inference
     inference["size"] = {"original": _size(original), "folded": _size(folded)}
     inference["setup"] = _setup(original.device)
-    folded_copy, obstacle = runnable_copy(folded), _obstacle(trainer, calls)
+    folded_copy, obstacle = runnable_copy(folded), obstacle_to_running(trainer, calls)
+    if obstacle is None and not calls[0].has_one_batch_axis:
+        obstacle = "its arguments do not share one batch axis"
     if folded_copy is not None and obstacle is None:
-        with isolate_rng(), quietly(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with undisturbed():
             try:
                 versions = _Versions(original, folded_copy)
                 call = calls[0].map(lambda tensor: tensor.to(original.device))
@@ -110,16 +149,6 @@ def measure_inference(
     if obstacle is not None:
         inference["not_measured"].append(f"operations and latency: {obstacle}")
     return inference
-
-
-def _obstacle(trainer: Trainer, calls: Sequence[Call]) -> str | None:
-    if trainer.world_size > 1:
-        return "one of several processes does not run the module alone"
-    if not calls:
-        return "validation does not call the module itself, and it has no `example_input_array`"
-    if not calls[0].has_one_batch_axis:
-        return "its arguments do not share one batch axis"
-    return None
 
 
 def _run_both(inference: Inference, versions: _Versions, call: Call, seconds: float) -> None:

@@ -12,22 +12,24 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from lit_bnfold.callbacks.export import Call, quietly, reason_of
-from lit_bnfold.callbacks.inference import runnable_copy
+from lit_bnfold.callbacks.inference import obstacle_to_running, runnable_copy, undisturbed
 from lit_bnfold.callbacks.report import Report
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.folding.algebra import scale_and_shift
 from lit_bnfold.folding.kinds import KINDS
+
+if TYPE_CHECKING:
+    # Whoever has another logger does not have to wait for it to load.
+    from torch.utils.tensorboard import SummaryWriter
 
 # A folder of this name beside the logger's events, and what all tags begin with.
 _NAME = "folding"
@@ -40,6 +42,11 @@ _MARKS = re.compile(r"([\\`*_{}\[\]()#+!|~])")
 
 # Rows of the table of folds; the rest is in `folding.html`.
 _MOST_ROWS = 100
+
+
+def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The loggers of TensorBoard on the process that writes; none on the others."""
+    return [each for each in trainer.loggers if isinstance(each, TensorBoardLogger)] if trainer.is_global_zero else []
 
 
 def show_in_tensorboard(
@@ -58,8 +65,8 @@ def show_in_tensorboard(
         folded: The folded module, without a Trainer; None if there is none.
         calls: A call of the module to draw the graphs by; the first one is taken.
     """
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    if not loggers or not trainer.is_global_zero:
+    loggers = tensorboard_loggers(trainer)
+    if not loggers:
         return
     graphs = _graphs(trainer, original, folded, calls)
     for logger in loggers:
@@ -103,21 +110,18 @@ def _graphs(
     trainer: Trainer, original: LightningModule | None, folded: LightningModule | None, calls: Sequence[Call]
 ) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """For each version what was traced and the inputs for it; none if one version cannot be traced."""
-    obstacle = None
+    obstacle = obstacle_to_running(trainer, calls)
     if original is None or folded is None:
         obstacle = "the module cannot be copied"
-    elif trainer.world_size > 1:
-        obstacle = "one of several processes does not run the module alone"
-    elif not calls:
-        obstacle = "validation does not call the module itself, and it has no `example_input_array`"
-    else:
+    elif obstacle is None:
         call = calls[0].of_size(1) if calls[0].has_one_batch_axis else calls[0]
         call = call.map(lambda tensor: tensor.to(folded.device))
-        with isolate_rng(), quietly(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with undisturbed():
             try:
                 return {"original": _traced(trainer, original, call), "folded": _traced(trainer, folded, call)}
             except Exception as error:
                 obstacle = reason_of(error)
+    assert obstacle is not None
     _tell_of_no_graph(obstacle)
     return {}
 

@@ -4,9 +4,9 @@ import sys
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lit_bnfold.callbacks.tensorboard import tensorboard_loggers
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 from lit_bnfold.names.sampling import Sampling, sample_names
@@ -52,7 +52,7 @@ class SampledNames(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write names at this step of the training."""
-        loggers = _tensorboards(trainer)
+        loggers = tensorboard_loggers(trainer)
         if not loggers or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         assert isinstance(pl_module, BatchNormMLP)
@@ -105,18 +105,13 @@ class CharacterEmbedding(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the embedding."""
         assert isinstance(pl_module, BatchNormMLP)
-        for logger in _tensorboards(trainer):
+        for logger in tensorboard_loggers(trainer):
             logger.experiment.add_embedding(
                 pl_module.net.get_parameter("embedding.weight"),  # (vocab_size, n_embd)
                 metadata=[_label(character) for character in NamesDataModule.of(trainer).stoi],
                 global_step=trainer.global_step,
                 tag="characters",
             )
-
-
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    """The loggers of TensorBoard on the process that writes."""
-    return [each for each in trainer.loggers if isinstance(each, TensorBoardLogger)] if trainer.is_global_zero else []
 
 
 def _marked(name: str, data: NamesDataModule) -> str:
