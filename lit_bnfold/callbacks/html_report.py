@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_bnfold.callbacks.export import FILES
-from lit_bnfold.callbacks.report import Report
+from lit_bnfold.callbacks.report import Report, severity
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -76,7 +76,7 @@ def render(report: Report) -> str:
     return _template().render(
         report=report,
         folds=folds,
-        worst=max((fold["error"] for fold in folds), key=_size_of, default=None),
+        worst=max((fold["error"] for fold in folds), key=severity, default=None),
         largest_error=_largest_error(report),
         metrics=_metrics(report),
         reestimated=report.get("reestimated"),
@@ -133,11 +133,7 @@ def _largest_error(report: Report) -> float | None:
     errors = [float(fold["max_rel_error"]) for fold in report["folds"]]
     if report["output_error"] is not None:
         errors.append(float(report["output_error"]["max_rel"]))
-    return max(errors, key=_size_of, default=None)
-
-
-def _size_of(error: float) -> float:
-    return math.inf if math.isnan(error) else error
+    return max(errors, key=severity, default=None)
 
 
 def _metrics(report: Report) -> list[dict[str, Any]]:
@@ -174,7 +170,7 @@ def _picture(folds: Sequence[dict[str, Any]], tolerance: float) -> Picture | Non
     ticks = [(height(10.0**exponent), f"1e{exponent}") for exponent in range(low + 1, high, step)]
     if 0.0 in errors:
         ticks.append((height(0.0), "0"))
-    if not max(errors, key=_size_of) < math.inf:
+    if not max(errors, key=severity) < math.inf:
         ticks.append((height(math.inf), "inf"))
     shown = sorted({round(share * (len(folds) - 1) / 4) for share in range(5)})
     numbers = [(round(places[index], 3), index + 1) for index in shown]

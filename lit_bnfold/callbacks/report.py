@@ -123,7 +123,7 @@ def _mismatch(report: Report, batches: list[tuple[int, ...]]) -> str | None:
     if len(set(batches)) > 1:
         return f"the original was validated on {batches[0]} batches and the folded module on {batches[1]}"
     tolerance, output = report["tolerance"], report["output_error"]
-    worst = max(report["folds"], key=lambda fold: _worse(fold["max_rel_error"]), default=None)
+    worst = max(report["folds"], key=lambda fold: severity(fold["max_rel_error"]), default=None)
     if worst is not None and not worst["max_rel_error"] <= tolerance:
         where = f"the folded layer {' and '.join(f'`{layer}`' for layer in worst['layers'])}"
         error = worst["max_rel_error"]
@@ -135,7 +135,8 @@ def _mismatch(report: Report, batches: list[tuple[int, ...]]) -> str | None:
     return f"{where} is off by {error:.2e} of its largest value, more than the tolerance of {tolerance:.0e}{hint}"
 
 
-def _worse(error: float) -> float:
+def severity(error: float) -> float:
+    """How large an error counts as: one that is no number, as the largest."""
     return math.inf if math.isnan(error) else error
 
 
@@ -206,7 +207,7 @@ def _folds_table(report: Report, style: Mapping[str, Any]) -> Table:
     title = f"BatchNorm folding: {len(folds)} of {len(folds) + len(kept)} folded"
     table = Table("BatchNorm", "folded into", "error", title=title, **style)
     table.columns[2].justify = "right"
-    shown = sorted(range(len(folds)), key=lambda index: -_worse(folds[index]["max_rel_error"]))[:_MOST_FOLDS]
+    shown = sorted(range(len(folds)), key=lambda index: -severity(folds[index]["max_rel_error"]))[:_MOST_FOLDS]
     for index in sorted(shown):
         fold = folds[index]
         _add_row(table, fold["batchnorm"], " + ".join(fold["layers"]), f"{fold['max_rel_error']:.1e}")

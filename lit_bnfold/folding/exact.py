@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_bnfold.folding.algebra import round_like
 from lit_bnfold.folding.kinds import Kinds, LayerKind, Normalisation
-from lit_bnfold.folding.moved import own_numbers
+from lit_bnfold.folding.moved import own_numbers, steps
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
 from lit_bnfold.folding.rewrite import folded_numbers, scale_of
 
@@ -95,14 +95,9 @@ def exact_numbers(plan: FoldingPlan, modules: dict[str, nn.Module], kinds: Kinds
         kinds: What counts as a layer and as a BatchNorm.
     """
     found: dict[str, ExactNumbers] = {}
-    for fold in plan.folds:
-        batchnorm = kinds.batchnorm(modules[fold.batchnorm])
-        assert batchnorm is not None
-        for part in fold.parts:
-            kind = kinds.layer(modules[part.layer], part.function)
-            assert kind is not None
-            exact = found.setdefault(part.layer, ExactNumbers(modules[part.layer], kind))
-            exact.take(fold, part, batchnorm.numbers(modules[fold.batchnorm], fold.eps).each(Tensor.detach))
+    for fold, part, kind, numbers in steps(plan, modules, kinds):
+        exact = found.setdefault(part.layer, ExactNumbers(modules[part.layer], kind))
+        exact.take(fold, part, numbers)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_bnfold.folding.computed import bake, computed_tensors
 from lit_bnfold.folding.kinds import Kinds, LayerKind, Normalisation
-from lit_bnfold.folding.plan import FoldingPlan, Part
+from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
 from lit_bnfold.folding.transparent import UNTOUCHED
 
 Function = Callable[..., Tensor]
@@ -31,7 +31,6 @@ def with_batchnorm(layer: Function, direction: str, numbers: Normalisation, part
     Returns:
         A function of the same arguments.
     """
-    numbers = numbers.each(Tensor.detach)
 
     def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if direction == "backward":
@@ -59,21 +58,35 @@ def moves(
         By the name of a layer, a function that puts its BatchNorms behind, before and beside it.
     """
     found: dict[str, Callable[[Function], Function]] = {}
+    for fold, part, kind, numbers in steps(plan, modules, kinds):
+        move = partial(
+            with_batchnorm, direction=fold.direction, numbers=numbers, part=part, channel_axis=kind.channel_axis
+        )
+        found[part.layer] = _after(found[part.layer], move) if part.layer in found else move
+    return found
+
+
+def steps(
+    plan: FoldingPlan, modules: Mapping[str, nn.Module], kinds: Kinds
+) -> Iterator[tuple[Fold, Part, LayerKind, Normalisation]]:
+    """What a plan does to one layer after the other.
+
+    Args:
+        plan: The plan.
+        modules: The modules of the model, by name, before any is folded.
+        kinds: What counts as a layer and as a BatchNorm.
+
+    Yields:
+        A fold, what a layer takes of it, the kind of that layer, and the numbers of the BatchNorm.
+    """
     for fold in plan.folds:
-        kind = kinds.batchnorm(modules[fold.batchnorm])
-        assert kind is not None
+        batchnorm = kinds.batchnorm(modules[fold.batchnorm])
+        assert batchnorm is not None
+        numbers = batchnorm.numbers(modules[fold.batchnorm], fold.eps).each(Tensor.detach)
         for part in fold.parts:
             layer = kinds.layer(modules[part.layer], part.function)
             assert layer is not None
-            move = partial(
-                with_batchnorm,
-                direction=fold.direction,
-                numbers=kind.numbers(modules[fold.batchnorm], fold.eps),
-                part=part,
-                channel_axis=layer.channel_axis,
-            )
-            found[part.layer] = _after(found[part.layer], move) if part.layer in found else move
-    return found
+            yield fold, part, layer, numbers
 
 
 def own_numbers(layer: nn.Module, kind: LayerKind) -> dict[str, Tensor | None]:
