@@ -175,9 +175,14 @@ class BatchNormFolding(Callback):
             FoldingError: If the versions do not agree, or an export fails, and ``on_mismatch`` is ``raise``.
         """
         directory = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
-        with self._chosen_weights(trainer, pl_module) as weights, self._as_in_the_first_process(trainer, pl_module):
+        validate = partial(run_validation, trainer, pl_module)
+        with (
+            self._chosen_weights(trainer, pl_module) as weights,
+            self._as_in_the_first_process(trainer, pl_module),
+            self._reestimated(trainer, pl_module, validate) as reestimated,
+        ):
             best = None if weights == "last" else _best_score(trainer)
-            self._fold(trainer, pl_module, partial(run_validation, trainer, pl_module), directory, weights, best)
+            self._fold(trainer, pl_module, validate, directory, weights, reestimated, best)
         self._log(trainer)
         self._tell_failed_exports()
 
@@ -260,7 +265,8 @@ class BatchNormFolding(Callback):
             return ValidationRun(metrics, tuple(int(batches) for batches in trainer.num_val_batches))
 
         try:
-            self._fold(trainer, pl_module, validate, directory, f"checkpoint {ckpt_path}")
+            with self._reestimated(trainer, pl_module, validate) as reestimated:
+                self._fold(trainer, pl_module, validate, directory, f"checkpoint {ckpt_path}", reestimated)
         finally:
             self._progress = {}
         self._tell_failed_exports()
@@ -280,17 +286,13 @@ class BatchNormFolding(Callback):
         with one_file(ckpt_path, weights_only) as path, progress_of_training(pl_module) as self._progress:
             trainer.validate(pl_module, ckpt_path=path, weights_only=weights_only, **kwargs)
 
-    def _fold(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        validate: _Validate,
-        directory: Path,
-        weights: str,
-        best: tuple[str, float] | None = None,
-    ) -> None:
+    @contextmanager
+    def _reestimated(
+        self, trainer: Trainer, pl_module: LightningModule, validate: _Validate
+    ) -> Iterator[dict[str, Any] | None]:
+        """Put re-estimated statistics into the module for a while, if that is asked for, and say what they are."""
         if self.reestimate_batches == 0:
-            self._fold_as_it_is(trainer, pl_module, validate, directory, weights, best)
+            yield None
             return
         reestimation = Reestimation(pl_module, self.reestimate_batches)
         before = validate([reestimation])
@@ -298,18 +300,17 @@ class BatchNormFolding(Callback):
             # There is nothing to validate on, so nobody has asked it to measure.
             reestimation.measure(trainer, pl_module)
         with reestimation.applied(pl_module, keep=lambda: self.folded_module is pl_module):
-            reestimated = reestimation.to_dict() | {"before": before.metrics if before else {}}
-            self._fold_as_it_is(trainer, pl_module, validate, directory, weights, best, reestimated)
+            yield reestimation.to_dict() | {"before": before.metrics if before else {}}
 
-    def _fold_as_it_is(
+    def _fold(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
         validate: _Validate,
         directory: Path,
         weights: str,
-        best: tuple[str, float] | None,
-        reestimated: dict[str, Any] | None = None,
+        reestimated: dict[str, Any] | None,
+        best: tuple[str, float] | None = None,
     ) -> None:
         """The order of events: validate and watch, plan, fold, validate again, compare, write."""
         with GraphWitness(pl_module) as original:
