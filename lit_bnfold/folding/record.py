@@ -452,7 +452,11 @@ class Recorder:
         with self.looking_away:
             if owner is not None and self._instead is not None:
                 function = self._instead(owner, function)
-            output = function(*args, **kwargs)
+            try:
+                output = function(*args, **kwargs)
+            except BaseException:
+                self._note_failure(name, args, kwargs)
+                raise
         self._add_call(kind, name, args, kwargs, output, owner=owner)
         return output
 
@@ -476,13 +480,22 @@ class Recorder:
                 return
         self.graph.forked.update(self.graph.modules_around(self.running[-1].frame))
 
+    def _note_failure(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Whoever catches an error has learned something of the numbers that led to it."""
+        self._add_call("opaque", name, (args, kwargs))
+        self._note_fork((args, kwargs))
+
     # What the dispatch mode sees.
 
     def on_operation(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation and record it."""
         known = _known_of(operation)
         written = self.save_written(operation, args, kwargs)
-        output = operation(*args, **kwargs)
+        try:
+            output = operation(*args, **kwargs)
+        except BaseException:
+            self._note_failure(known.name, args, kwargs)
+            raise
         self._add_call("operation", known.name, args, kwargs, output, written, draws=known.draws)
         if known.reveals_numbers or (known.is_index and _has_mask(args[1])):
             self._note_fork((args, kwargs))

@@ -75,9 +75,11 @@ class Tape:
             return layer
 
         def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            kept = self._kept(input)
+            place, kept = len(self._takes), self._kept(input)
+            # The call may fail, and the model catch that.
+            self._takes.append(Take(name, kept, None))
             output = layer(input, *args, **kwargs)
-            self._takes.append(Take(name, kept, self._kept(output)))
+            self._takes[place] = Take(name, kept, self._kept(output))
             return output
 
         return run

@@ -872,6 +872,40 @@ def test_layer_used_inside_a_custom_operation_keeps_the_batchnorm(judge: Judge, 
     judge(model, X, kept={"bn": "aliased"})
 
 
+def test_error_of_an_operation_that_is_caught_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h: Tensor = m.fc(x)
+        try:
+            return torch.multinomial(h, 1).to(h)
+        except RuntimeError:  # Some are negative.
+            return m.bn(h)  # type: ignore[no-any-return]
+
+    model = net(forward)
+    judge(model, X, kept={"bn": "other-reader"}, others=[(-X,)])
+
+
+def test_error_that_is_caught_is_a_branch(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        try:
+            torch.multinomial(x, 1)
+        except RuntimeError:  # Some are negative.
+            return m.bn(m.fc(x))  # type: ignore[no-any-return]
+        return m.fc(x)  # type: ignore[no-any-return]
+
+    judge(net(forward), X, kept={"bn": "python-value"}, others=[(X.abs(),)])
+
+
+def test_error_of_a_layer_that_is_caught_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, indices: Tensor) -> Tensor:
+        try:
+            return m.emb(indices)  # type: ignore[no-any-return]
+        except IndexError:
+            return m.bn(m.emb(indices % 3))  # type: ignore[no-any-return]
+
+    model = net(forward, emb=nn.Embedding(3, 4), bn=nn.BatchNorm1d(4))
+    judge(model, torch.tensor([1, 2, 3]), kept={"bn": "parameter-read"}, others=[(torch.tensor([0, 1, 2]),)])
+
+
 def test_custom_operation_on_constants_may_give_something_else_next_time(judge: Judge, net: Any) -> None:
     @torch.library.custom_op("lit_bnfold_tests::count", mutates_args=())
     def count(x: Tensor) -> Tensor:

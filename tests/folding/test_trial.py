@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import threading
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -261,6 +262,16 @@ def test_fold_that_would_overflow_float16_is_kept(direction: str) -> None:
     layer.weight.data.mul_(1e-3)
     norm.running_mean.fill_(0.5)
     assert [kept.code for kept in plan_folding(model, (X.half(),)).kept] == ["not-finite"]
+
+
+def test_a_call_that_fails_and_is_caught_is_tried_out_like_any_other(judge: Any, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with suppress(RuntimeError):
+            m.other(x[:, :2])
+        return m.block(x)  # type: ignore[no-any-return]
+
+    block = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    judge(net(forward, other=nn.Linear(3, 4), block=block), X, folds={"block.1": ["block.0"]})
 
 
 def test_frozen_batchnorms_give_the_same_bits_in_both_runs(net: Any) -> None:
