@@ -279,7 +279,8 @@ class _Search:
         if innermost in self.graph.forked:
             place = "the code around it" if innermost is None else f"`{innermost}`" if innermost else "the model"
             raise _StaysError(
-                "python-value", f"{place} makes a Python value of a tensor and may branch on it next time"
+                "python-value",
+                f"{place} makes a Python value of a tensor or catches an error, and may branch on it next time",
             )
 
     def _check_unwritten_between(self, value: Value, calls: Iterable[Call]) -> None:
