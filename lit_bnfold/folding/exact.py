@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_bnfold.folding.algebra import round_like
+from lit_bnfold.folding.algebra import round_like, scale_and_shift
 from lit_bnfold.folding.kinds import Kinds, LayerKind, Normalisation
 from lit_bnfold.folding.moved import own_numbers, steps
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
-from lit_bnfold.folding.rewrite import folded_numbers, scale_of
+from lit_bnfold.folding.rewrite import folded_numbers
 
 # Rows of a weight that are compared at a time.
 _ROWS = 64
@@ -82,7 +82,7 @@ class ExactNumbers:
                 if rounds_between and index > 0:
                     numbers = {key: _rounded(tensor, dtypes[key]) for key, tensor in numbers.items()}
                 layer = SimpleNamespace(**{"bias": None} | numbers, **about)
-                numbers = dict(folded_numbers(fold.direction, part, layer, self.kind, *scale_of(batchnorm)))
+                numbers = dict(folded_numbers(fold.direction, part, layer, self.kind, *scale_and_shift(*batchnorm)))
         return {key: tensor for key, tensor in numbers.items() if tensor is not None}
 
 

@@ -28,7 +28,7 @@ from lit_bnfold.folding.census import Census
 from lit_bnfold.folding.computed import Undo, bake, computed_tensors
 from lit_bnfold.folding.copying import copy_model, stand_in
 from lit_bnfold.folding.graph import FoldingError
-from lit_bnfold.folding.kinds import KINDS, NORMALISING, Kinds, LayerKind, Normalisation, Rest
+from lit_bnfold.folding.kinds import KINDS, NORMALISING, Kinds, LayerKind, Rest
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
 from lit_bnfold.folding.transparent import UNTOUCHED
 
@@ -207,7 +207,7 @@ def _fold(fold: Fold, modules: dict[str, Any], kinds: Kinds) -> list[Undo]:
     assert kind is not None
     undos: list[Undo] = []
     with torch.no_grad():
-        scale, shift = scale_of(kind.numbers(batchnorm, fold.eps))
+        scale, shift = scale_and_shift(*kind.numbers(batchnorm, fold.eps))
         try:
             for part in fold.parts:
                 layer = modules[part.layer]
@@ -226,15 +226,6 @@ def _fold(fold: Fold, modules: dict[str, Any], kinds: Kinds) -> list[Undo]:
 def _undo_all(undos: list[Undo]) -> None:
     for undo in reversed(undos):
         undo()
-
-
-def scale_of(numbers: Normalisation) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a BatchNorm, (C,) each, in float64.
-
-    Args:
-        numbers: The BatchNorm's.
-    """
-    return scale_and_shift(*numbers)
 
 
 def folded_numbers(
