@@ -33,7 +33,7 @@ BATCH_SIZES = (1, 1024)
 # Of the time that one validation takes; the whole of `on_train_end` takes a little more than two.
 _SHARE = 0.05
 # Seconds: enough for a network whose run takes less than a millisecond, and as much as anybody should wait.
-_LEAST, _MOST = 0.04, 2.0
+_LEAST, _MOST = 0.02, 2.0
 
 _FEWEST_PAIRS, _MOST_PAIRS = 3, 30
 
@@ -86,19 +86,14 @@ def runnable_copy(pl_module: LightningModule, trainer: Trainer | None = None) ->
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def _undisturbed() -> Iterator[None]:
     """In here copies of a module run without a word, a gradient, compiled code, or a trace in the random numbers."""
     with isolate_rng(), quietly(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield
 
 
-def obstacle_to_running(trainer: Trainer, calls: Sequence[Call]) -> str | None:
-    """Why copies of a module are not run, in words; None if they can be.
-
-    Args:
-        trainer: The Trainer.
-        calls: The calls of the module that are known.
-    """
+def _obstacle_to_running(trainer: Trainer, calls: Sequence[Call]) -> str | None:
+    """Why copies of a module are not run, in words; None if they can be."""
     if trainer.world_size > 1:
         return "one of several processes does not run the module alone"
     if not calls:
@@ -121,7 +116,7 @@ def measure_inference(
         original: A ``runnable_copy`` of the module before folding; None if there is none.
         folded: The folded module, without a Trainer; None if there is none.
         calls: A call of it to run; the first one is taken, with its batch made larger or smaller.
-        validation_seconds: How long one validation took. Latency is measured for at most a twentieth of that, for 0.04
+        validation_seconds: How long one validation took. Latency is measured for at most a twentieth of that, for 0.02
             seconds if that is less, and never for more than 2 seconds.
 
     Returns:
@@ -135,11 +130,11 @@ def measure_inference(
         return inference
     inference["size"] = {"original": _size(original), "folded": _size(folded)}
     inference["setup"] = _setup(original.device)
-    folded_copy, obstacle = runnable_copy(folded), obstacle_to_running(trainer, calls)
+    folded_copy, obstacle = runnable_copy(folded), _obstacle_to_running(trainer, calls)
     if obstacle is None and not calls[0].has_one_batch_axis:
         obstacle = "its arguments do not share one batch axis"
     if folded_copy is not None and obstacle is None:
-        with undisturbed():
+        with _undisturbed():
             try:
                 versions = _Versions(original, folded_copy)
                 call = calls[0].map(lambda tensor: tensor.to(original.device))

@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import zip_longest
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from lit_bnfold.folding import Fold, FoldingPlan
 from lit_bnfold.folding.exact import exact_numbers
+from lit_bnfold.folding.graph import ValueGraph
 from lit_bnfold.folding.kinds import KINDS, LayerKind
 from lit_bnfold.folding.moved import Function, moves, own_numbers, with_numbers
 from lit_bnfold.folding.record import Recorder, tensors_in
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 # In float64 nothing is rounded that could matter: what is left is some ten digits better than this.
 _EXACT_TOLERANCE = 1e-6
+
+# Of a larger batch, the layers compare so many examples, which show as much; its outputs are compared whole.
+_MOST_EXAMPLES = 4096
 
 
 class OutermostCall(NamedTuple):
@@ -60,6 +65,8 @@ class Witness(Callback):
         self.pl_module = pl_module
         self.batches: list[Any] = []
         self.calls: list[OutermostCall] = []
+        self._recorder: Recorder | None = None
+        self._calls_in_first_batch: int | None = None
         self._watching = ExitStack()
 
     def __enter__(self) -> Self:
@@ -102,6 +109,15 @@ class Witness(Callback):
             dataloader_idx: The number of the loader.
         """
         self._watching.close()
+        if self._recorder is not None and self._calls_in_first_batch is None:
+            self._calls_in_first_batch = len(self._recorder.graph.calls)
+
+    @property
+    def first_batch(self) -> ValueGraph:
+        """What the module did with the first batch that was watched."""
+        assert self._recorder is not None
+        graph = self._recorder.graph
+        return replace(graph, calls=graph.calls[: self._calls_in_first_batch])
 
 
 class GraphWitness(Witness):
@@ -110,10 +126,6 @@ class GraphWitness(Witness):
     Args:
         pl_module: The module before it is folded.
     """
-
-    def __init__(self, pl_module: LightningModule) -> None:
-        super().__init__(pl_module)
-        self._recorder: Recorder | None = None
 
     def watch(self) -> None:
         """Begin to watch whatever the module does next in this thread."""
@@ -162,7 +174,6 @@ class LayerWitness(Witness):
         self.exact_errors = {name: OutputError().to(_device(pl_module)) for name in self._moves}
         self._wrong_numbers: dict[str, str] = {}
         self._checked: set[str] = set()
-        self._recorder: Recorder | None = None
         self.stray: str | None = None
         self._plan = plan
         self._counted = {name: modules[name] for fold in plan.folds for name in (fold.batchnorm, *fold.layers)}
@@ -208,12 +219,16 @@ class LayerWitness(Witness):
         """The function of a layer, whose output is compared with that of the unfolded layer and its BatchNorms."""
         if name not in self._moves:
             return function
-        before = with_numbers(self._exact[name].kind, self._before[name])
+        kind = self._exact[name].kind
+        before = with_numbers(kind, self._before[name])
         expected = self._moves[name](before(function))
 
         def run(*args: Any, **kwargs: Any) -> Tensor:
             output = function(*args, **kwargs)
-            self.errors[name].update(output, expected(*args, **kwargs))
+            input = kwargs["input"] if "input" in kwargs else args[0]
+            few = _examples(input, kind, _MOST_EXAMPLES)
+            compared = output if few is input else output[: len(few)]
+            self.errors[name].update(compared, with_numbers(kind, {"input": few})(expected)(*args, **kwargs))
             if name not in self._checked:
                 self._checked.add(name)
                 self._check(name, function, args, kwargs)
@@ -226,7 +241,9 @@ class LayerWitness(Witness):
         exact = self._exact[name]
         given = dict(zip(exact.kind.arguments, args, strict=False)) | kwargs
         wide = _in_float64(function)
-        few = with_numbers(exact.kind, {"input": _some_examples(given["input"], exact.kind)})
+        # Some tens of rows, or two images, for float64 is slow.
+        examples = 64 if given["input"].dim() == 2 else 2
+        few = with_numbers(exact.kind, {"input": _widened(_examples(given["input"], exact.kind, examples))})
         unrounded = exact.unrounded()
         objection = exact.objection_to(given, unrounded, self._tolerance or 0.0)
         if objection is not None:
@@ -299,11 +316,10 @@ def _widened(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _some_examples(input: Tensor, kind: LayerKind) -> Tensor:
-    """The first examples of a layer's input, widened: some tens of rows, or two images, for float64 is slow."""
-    without_examples = max(0, -kind.channel_axis)
-    few = input[: 64 if input.dim() == 2 else 2] if input.dim() > without_examples else input
-    return _widened(few)
+def _examples(input: Tensor, kind: LayerKind, most: int) -> Tensor:
+    """The first examples of a layer's input; the input itself if it has no more, or is a single one."""
+    axes_of_one = max(0, -kind.channel_axis)
+    return input[:most] if input.dim() > axes_of_one and len(input) > most else input
 
 
 @contextmanager

@@ -11,20 +11,16 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lit_bnfold.callbacks.export import Call, quietly, reason_of
-from lit_bnfold.callbacks.inference import obstacle_to_running, runnable_copy, undisturbed
 from lit_bnfold.callbacks.report import Report
-from lit_bnfold.folding import FoldingError
 from lit_bnfold.folding.algebra import scale_and_shift
+from lit_bnfold.folding.graph import ValueGraph
 from lit_bnfold.folding.kinds import KINDS
 
 if TYPE_CHECKING:
@@ -53,8 +49,8 @@ def show_in_tensorboard(
     trainer: Trainer,
     report: Report,
     original: LightningModule | None,
-    folded: LightningModule | None,
-    calls: Sequence[Call],
+    before: ValueGraph,
+    after: ValueGraph,
 ) -> None:
     """Write a folding into the folders of the TensorBoardLoggers; other loggers get none of this.
 
@@ -62,15 +58,12 @@ def show_in_tensorboard(
         trainer: The Trainer, whose first rank writes.
         report: The report.
         original: A copy of the module before folding, without a Trainer; None if there is none.
-        folded: The folded module, without a Trainer; None if there is none.
-        calls: A call of the module to draw the graphs by; the first one is taken.
+        before: What the module did before folding, to be drawn.
+        after: What it did when it was folded.
     """
-    loggers = tensorboard_loggers(trainer)
-    if not loggers:
-        return
-    graphs = _graphs(trainer, original, folded, calls)
-    for logger in loggers:
-        _add_graphs(logger, graphs)
+    for logger in tensorboard_loggers(trainer):
+        _add_graph(logger, "original", before)
+        _add_graph(logger, "folded", after)
         with _run(logger, "") as run:
             # What the logger wrote of the hyperparameters when training began, it wrote for good.
             run.log_hyperparams(logger.hparams, _final_metrics(report), trainer.global_step)
@@ -106,50 +99,14 @@ def _layout(report: Report) -> dict[str, dict[str, list[Any]]]:
     return {"BatchNorm folding": charts}
 
 
-def _graphs(
-    trainer: Trainer, original: LightningModule | None, folded: LightningModule | None, calls: Sequence[Call]
-) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """For each version what was traced and the inputs for it; none if one version cannot be traced."""
-    obstacle = obstacle_to_running(trainer, calls)
-    if original is None or folded is None:
-        obstacle = "the module cannot be copied"
-    elif obstacle is None:
-        call = calls[0].of_size(1) if calls[0].has_one_batch_axis else calls[0]
-        call = call.map(lambda tensor: tensor.to(folded.device))
-        with undisturbed():
-            try:
-                return {"original": _traced(trainer, original, call), "folded": _traced(trainer, folded, call)}
-            except Exception as error:
-                obstacle = reason_of(error)
-    assert obstacle is not None
-    _tell_of_no_graph(obstacle)
-    return {}
+def _add_graph(logger: TensorBoardLogger, version: str, graph: ValueGraph) -> None:
+    # Loaded late: it takes TensorBoard's own formats.
+    from tensorboard.compat.proto.event_pb2 import Event
 
+    from lit_bnfold.callbacks.tensorboard_graph import draw
 
-def _traced(trainer: Trainer, pl_module: LightningModule, call: Call) -> tuple[Any, tuple[Any, ...]]:
-    arguments = signature(pl_module.forward).bind(*call.args, **call.kwargs)
-    if arguments.kwargs:
-        raise FoldingError(f"its forward takes {', '.join(arguments.kwargs)} by keyword only")
-    module = runnable_copy(pl_module)
-    assert module is not None
-    # Tracing reads every property, also those that a LightningModule has with a Trainer only.
-    module.trainer = trainer
-    # What add_graph would trace by itself it would also run once more, to compare.
-    return torch.jit.trace(module, arguments.args, strict=False, check_trace=False), arguments.args
-
-
-def _add_graphs(logger: TensorBoardLogger, graphs: dict[str, tuple[Any, tuple[Any, ...]]]) -> None:
-    try:
-        for version, graph in graphs.items():
-            with _run(logger, version) as run, quietly():
-                run.experiment.add_graph(*graph)
-    except Exception as error:
-        # Not everything that can be traced can be drawn.
-        _tell_of_no_graph(reason_of(error))
-
-
-def _tell_of_no_graph(obstacle: str) -> None:
-    rank_zero_info(f"TensorBoard shows no graph of the folding: {obstacle}.")
+    with _run(logger, version) as run:
+        run.experiment.file_writer.add_event(Event(graph_def=draw(graph).SerializeToString()))
 
 
 def _add_histograms(writer: SummaryWriter, report: Report, original: nn.Module | None, step: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from tensorboard.plugins.hparams.metadata import (
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.tensorboard import SummaryWriter
 from torchmetrics import MeanMetric, MetricCollection
 
 from lit_bnfold import BatchNormFolding
@@ -95,19 +93,30 @@ def board(tmp_path: Path, randomised: Randomised) -> tuple[Trainer, str]:
     return fit(tmp_path, randomised(Small()), logger), logger.log_dir
 
 
-def operations(directory: str, version: str) -> list[tuple[str, str]]:
-    return [(node.name, node.op) for node in events(directory, "folding", version).Graph().node]
+def operations(directory: str, version: str) -> dict[str, str]:
+    """The operation of each node, by its name."""
+    return {node.name: node.op for node in events(directory, "folding", version).Graph().node}
 
 
 def test_batchnorm_is_in_the_graph_of_the_original_and_gone_where_it_is_folded(board: tuple[Trainer, str]) -> None:
     original, folded = (operations(board[1], version) for version in ("original", "folded"))
-    kinds = [[kind for _, kind in nodes] for nodes in (original, folded)]
-    assert [each.count("aten::batch_norm") for each in kinds] == [2, 1]
-    assert [each.count("aten::linear") for each in kinds] == [2, 2]
+    common = {"input": "input", "first/linear": "linear", "tanh": "tanh", "second/linear": "linear"}
+    assert original == common | {"norms/norm/batch_norm": "batch_norm", "last/batch_norm": "batch_norm"}
     # The one that is left is the one that stays.
-    assert any("[norm]" in name for name, _ in original)
-    assert not any("[norm]" in name for name, _ in folded)
-    assert any("[last]" in name for name, kind in folded if kind == "aten::batch_norm")
+    assert folded == common | {"last/batch_norm": "batch_norm"}
+
+
+def test_the_graph_has_an_edge_for_each_tensor_that_is_read(board: tuple[Trainer, str]) -> None:
+    nodes = {node.name: node for node in events(board[1], "folding", "folded").Graph().node}
+    assert {name: list(node.input) for name, node in nodes.items()} == {
+        "input": [],
+        "first/linear": ["input"],
+        "tanh": ["first/linear"],
+        "second/linear": ["tanh"],
+        "last/batch_norm": ["second/linear"],
+    }
+    (shape,) = nodes["first/linear"].attr["_output_shapes"].list.shape
+    assert [dim.size for dim in shape.dim] == [8, 5]
 
 
 def test_every_tag_is_there_on_the_last_step_and_finite(board: tuple[Trainer, str]) -> None:
@@ -208,17 +217,6 @@ def test_a_plan_of_many_rows_is_cut() -> None:
     assert text.endswith("and 400 more, see `folding.html`")
 
 
-class Untraceable(Small):
-    """Gives what torch.jit cannot follow."""
-
-    def forward(self, inputs: Tensor) -> Any:
-        class Pair(tuple[Tensor, Tensor]):
-            other: object = object()
-
-        outputs = super().forward(inputs)
-        return set(outputs) if torch.jit.is_tracing() else Pair(outputs)
-
-
 class ByKeyword(Small):
     def forward(self, *, inputs: Tensor) -> Any:
         return super().forward(inputs)
@@ -234,39 +232,15 @@ class NoForward(Small):
         return Small.forward(self, inputs)
 
 
-@pytest.mark.parametrize(
-    ("module", "reason"),
-    [
-        (Untraceable, "set"),
-        (ByKeyword, "its forward takes inputs by keyword only"),
-        (NoForward, "validation does not call the module itself"),
-    ],
-)
-def test_a_graph_that_cannot_be_drawn_is_left_out_with_a_sentence(
-    module: type[Small], reason: str, tmp_path: Path, randomised: Randomised, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("module", "stay"), [(ByKeyword, 1), (NoForward, 2)])
+def test_the_graph_shows_what_validation_does_however_it_calls_its_networks(
+    module: type[Small], stay: int, tmp_path: Path, randomised: Randomised
 ) -> None:
     logger = TensorBoardLogger(tmp_path, name="board")
-    with caplog.at_level(logging.INFO):
-        fit(tmp_path, randomised(module()), logger)
-    (said,) = [record.message for record in caplog.records if "no graph" in record.message]
-    assert said.startswith("TensorBoard shows no graph of the folding: ")
-    assert reason in said
-    assert not (Path(logger.log_dir) / "folding" / "original").exists()
-    assert "folding/plan/text_summary" in events(logger.log_dir).Tags()["tensors"]
-
-
-def test_a_graph_that_is_traced_and_cannot_be_drawn_costs_nothing_else(
-    tmp_path: Path, randomised: Randomised, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def add_graph(*args: Any) -> None:
-        raise KeyError("a node")
-
-    monkeypatch.setattr(SummaryWriter, "add_graph", add_graph)
-    logger = TensorBoardLogger(tmp_path, name="board")
-    with caplog.at_level(logging.INFO):
-        fit(tmp_path, randomised(Small()), logger)
-    assert "TensorBoard shows no graph of the folding: KeyError: 'a node'." in caplog.messages
-    assert "folding/plan/text_summary" in events(logger.log_dir).Tags()["tensors"]
+    fit(tmp_path, randomised(module()), logger)
+    for version, batchnorms in (("original", 2), ("folded", stay)):
+        kinds = list(operations(logger.log_dir, version).values())
+        assert [kinds.count(kind) for kind in ("batch_norm", "linear", "tanh")] == [batchnorms, 2, 1]
 
 
 def test_other_loggers_get_the_numbers_alone(tmp_path: Path, randomised: Randomised) -> None:
