@@ -59,7 +59,7 @@ class BatchNormFolding(Callback):
     is set.
 
     The report also says what folding saves: copies of both versions are run for a moment, at most a twentieth of the
-    time that a validation takes or 0.02 seconds, and never more than 2. A TensorBoardLogger gets both graphs, a chart
+    time that a validation takes or 0.015 seconds, and never more than 2. A TensorBoardLogger gets both graphs, a chart
     with both versions of each metric, the plan and more, under ``folding``.
 
     Args:

@@ -33,7 +33,7 @@ BATCH_SIZES = (1, 1024)
 # Of the time that one validation takes; the whole of `on_train_end` takes a little more than two.
 _SHARE = 0.05
 # Seconds: enough for a network whose run takes less than a millisecond, and as much as anybody should wait.
-_LEAST, _MOST = 0.02, 2.0
+_LEAST, _MOST = 0.015, 2.0
 
 _FEWEST_PAIRS, _MOST_PAIRS = 3, 30
 
@@ -116,7 +116,7 @@ def measure_inference(
         original: A ``runnable_copy`` of the module before folding; None if there is none.
         folded: The folded module, without a Trainer; None if there is none.
         calls: A call of it to run; the first one is taken, with its batch made larger or smaller.
-        validation_seconds: How long one validation took. Latency is measured for at most a twentieth of that, for 0.02
+        validation_seconds: How long one validation took. Latency is measured for at most a twentieth of that, for 0.015
             seconds if that is less, and never for more than 2 seconds.
 
     Returns:

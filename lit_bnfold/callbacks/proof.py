@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _EXACT_TOLERANCE = 1e-6
 
 # Of a larger batch, the layers compare so many examples, which show as much; its outputs are compared whole.
-_MOST_EXAMPLES = 4096
+_MOST_EXAMPLES = 1024
 
 
 class OutermostCall(NamedTuple):

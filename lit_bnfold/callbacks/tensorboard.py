@@ -118,14 +118,15 @@ def _add_histograms(writer: SummaryWriter, report: Report, original: nn.Module |
         batchnorm = modules[fold["batchnorm"]]
         kind = KINDS.batchnorm(batchnorm)
         assert kind is not None
-        scale, shift = scale_and_shift(*kind.numbers(batchnorm))
+        with torch.no_grad():
+            scale, shift = scale_and_shift(*kind.numbers(batchnorm))
         _add_histogram(writer, f"{_NAME}/scale/{fold['batchnorm']}", scale, step)
         _add_histogram(writer, f"{_NAME}/shift/{fold['batchnorm']}", shift, step)
 
 
 def _add_histogram(writer: SummaryWriter, tag: str, values: Tensor, step: int) -> None:
     # There is no histogram of nothing, nor of what is no number.
-    finite = values.detach()[values.isfinite()]
+    finite = values[values.isfinite()]
     if len(finite):
         writer.add_histogram(tag, finite, step)
 
