@@ -118,7 +118,6 @@ class Census:
             module: BatchNorm(
                 num_features=self.kinds.num_features(module),
                 channel_axis=self.batchnorm_kinds[module].channel_axis,
-                only_normalises=self.kinds.only_normalises(module),
                 parameters=tuple(self.tensors[tensor] for tensor in self.owned[module].values()),
                 gain=gains.get(module, 1.0),
                 obstacle=obstacle,

@@ -161,7 +161,6 @@ class BatchNorm:
     Attributes:
         num_features: Number of channels.
         channel_axis: Axis of its input that they lie on, counted from the end if negative.
-        only_normalises: Whether its forward does nothing besides.
         parameters: Names of its parameters and buffers.
         gain: How many times larger a rounding error of a layer is behind it.
         eps: What it adds to its variance, as the run has shown; None where its attributes tell.
@@ -170,7 +169,6 @@ class BatchNorm:
 
     num_features: int
     channel_axis: int
-    only_normalises: bool
     parameters: tuple[str, ...]
     gain: float
     obstacle: Obstacle | None

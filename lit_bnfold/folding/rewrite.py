@@ -6,7 +6,7 @@ model holds it. Each fold is whole before the next begins, so whatever happens t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -281,32 +281,42 @@ def _set_data(parameter: Any, numbers: Tensor) -> Undo:
     return undo
 
 
-class _WithoutNormalisation(TorchFunctionMode):
-    """Makes ``batch_norm`` give back its input."""
+class _InsteadOfNormalising(TorchFunctionMode):
+    """Makes ``batch_norm`` give something else, made of its input."""
+
+    def __init__(self, gives: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._gives = gives
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.batch_norm:
-            return args[0] if args else kwargs["input"]
+            return self._gives(args[0] if args else kwargs["input"])
         return func(*args, **(kwargs or {}))
 
 
+def _zeros(input: Tensor) -> Tensor:
+    """Zeros for an input of any shape, that share the memory of one."""
+    return input.new_zeros(()).expand(input.shape)
+
+
 @cache
-def _rest_of(kind: Any) -> Any:
+def _rest_of(kind: Any, direction: str) -> Any:
     """A class that runs the forward of a BatchNorm's class, with its normalisation left out."""
+    gives = _zeros if direction == "parallel" else nn.Identity()
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _WithoutNormalisation():
+        with _InsteadOfNormalising(gives):
             return kind.forward(self, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        return _new_rest, (kind,), vars(self)
+        return _new_rest, (kind, direction), vars(self)
 
     body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
     return type(kind.__name__, (Rest, kind), body)
 
 
-def _new_rest(kind: Any) -> Any:
-    rest = _rest_of(kind)
+def _new_rest(kind: Any, direction: str) -> Any:
+    rest = _rest_of(kind, direction)
     return rest.__new__(rest)
 
 
@@ -315,7 +325,7 @@ class Zero(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Zeros for an input of any shape, that share the memory of one."""
-        return input.new_zeros(()).expand(input.shape)
+        return _zeros(input)
 
 
 def erase(batchnorm: nn.Module, direction: str, kinds: Kinds = KINDS) -> Undo:
@@ -336,7 +346,7 @@ def erase(batchnorm: nn.Module, direction: str, kinds: Kinds = KINDS) -> Undo:
         batchnorm._parameters, batchnorm._buffers = {}, {}
     else:
         # A forward of its own still asks for its tensors, be it to hand them to `batch_norm`.
-        batchnorm.__class__ = _rest_of(kind)
+        batchnorm.__class__ = _rest_of(kind, direction)
         batchnorm._parameters, batchnorm._buffers = dict.fromkeys(parameters), dict.fromkeys(buffers)
 
     def undo() -> None:

@@ -454,8 +454,8 @@ class _Parallel(_Search):
     meets_batchnorm = False
 
     def _walk(self) -> None:
-        if len(self.calls) > 1 or not self.graph.batchnorms[self.name].only_normalises:
-            raise _StaysError("other-call", "it is called several times, or does more than normalise")
+        if len(self.calls) > 1:
+            raise _StaysError("other-call", "it is called several times")
         output = value = self.graph.values[self.calls[0].outputs[0]]
         while _is_sum_with_nothing(reader := self._only_reader(value)):
             value = self.graph.values[reader.outputs[0]]

@@ -868,15 +868,19 @@ def test_a_thousandth_changes_no_weight_in_bfloat16_and_a_hundredth_is_a_mismatc
 
 
 class AllDirections(Tiny):
-    """One BatchNorm before its layer, one beside its layer, one behind it that does more than normalise."""
+    """One BatchNorm before its layer, one beside its layer, one behind it; two have a forward of their own."""
 
     class Rectifying(nn.BatchNorm1d):
         def forward(self, input: Tensor) -> Tensor:
             return super().forward(input).relu()
 
+    class Passing(nn.BatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input)
+
     def __init__(self) -> None:
         super().__init__()
-        self.before, self.beside, self.behind = nn.BatchNorm1d(4), nn.BatchNorm1d(4), self.Rectifying(4)
+        self.before, self.beside, self.behind = nn.BatchNorm1d(4), self.Passing(4), self.Rectifying(4)
         self.first, self.second, self.net = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
 
     def forward(self, inputs: Tensor) -> Tensor:

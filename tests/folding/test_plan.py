@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -503,6 +505,40 @@ def test_batchnorm_beside_a_convolution_goes_into_it_whatever_the_sum(forward: A
     others = [(torch.randn(n, 3, 4, 6, dtype=torch.float64),) for n in (1, 2, 3)]
     taker = "other" if forward is deep_in_a_sum else "conv"
     judge(model, images, folds={"bn": ["conv"], "id": [taker]}, others=others)
+
+
+class WithActivation(nn.BatchNorm2d):
+    """A BatchNorm that brings the activation behind it along, as those of timm do, here with none."""
+
+    def __init__(self, num_features: int, activation: nn.Module) -> None:
+        super().__init__(num_features)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        numbers = (self.running_mean, self.running_var, self.weight, self.bias)
+        return self.activation(nn.functional.batch_norm(input, *numbers, training=False, eps=self.eps))
+
+
+def test_identity_branch_of_a_batchnorm_with_a_forward_of_its_own_goes_into_the_convolution(
+    judge: Judge, net: Any
+) -> None:
+    norm = WithActivation(3, nn.Identity())
+    model = net(in_place, conv=nn.Conv2d(3, 3, 3, padding=1), bn=nn.BatchNorm2d(3), id=norm)
+    images = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    plan = judge(copy.deepcopy(model), images, folds={"bn": ["conv"], "id": ["conv"]})
+    folded = plan.apply(model.double().eval())
+    for other in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
+        assert not other.id(images).any()
+        assert torch.equal(other(images), folded(images))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Sigmoid()])
+def test_identity_branch_with_an_activation_behind_its_batchnorm_is_kept(
+    activation: nn.Module, judge: Judge, net: Any
+) -> None:
+    model = net(in_place, conv=nn.Conv2d(3, 3, 3, padding=1), bn=nn.BatchNorm2d(3), id=WithActivation(3, activation))
+    images = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    judge(model, images, folds={"bn": ["conv"]}, kept={"id": "other-reader"})
 
 
 def test_identity_that_is_written_in_place_is_kept(judge: Judge, net: Any) -> None:
