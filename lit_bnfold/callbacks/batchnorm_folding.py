@@ -58,9 +58,9 @@ class BatchNormFolding(Callback):
     ``folding.html`` and ``folding.json`` are written. Module and Trainer come out as they went in, unless ``replace``
     is set.
 
-    The report also says what folding saves: copies of both versions are run for a moment, at most a twentieth of the
-    time that a validation takes or 0.015 seconds, and never more than 2. A TensorBoardLogger gets both graphs, a chart
-    with both versions of each metric, the plan and more, under ``folding``.
+    The report also says what folding saves. For that, copies of both versions are run for a moment: a twentieth of the
+    time that a validation takes, a little more after a short one, and never more than 2 seconds. A TensorBoardLogger
+    gets both graphs, a chart with both versions of each metric, the plan and more, under ``folding``.
 
     Args:
         weights: Which weights are folded: those of the ``last`` step, or those of the checkpoint callback's ``best``

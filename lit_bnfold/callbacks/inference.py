@@ -32,7 +32,9 @@ BATCH_SIZES = (1, 1024)
 
 # Of the time that one validation takes; the whole of `on_train_end` takes a little more than two.
 _SHARE = 0.05
-# Seconds: enough for a network whose run takes less than a millisecond, and as much as anybody should wait.
+# The same for a short validation, and up to how many seconds: some runs of a small network should fit in.
+_SHARE_OF_SHORT, _SHORT = 0.2, 0.04
+# Seconds: enough for a network whose run takes a fraction of a millisecond, and as much as anybody should wait.
 _LEAST, _MOST = 0.015, 2.0
 
 _FEWEST_PAIRS, _MOST_PAIRS = 3, 30
@@ -116,8 +118,8 @@ def measure_inference(
         original: A ``runnable_copy`` of the module before folding; None if there is none.
         folded: The folded module, without a Trainer; None if there is none.
         calls: A call of it to run; the first one is taken, with its batch made larger or smaller.
-        validation_seconds: How long one validation took. Latency is measured for at most a twentieth of that, for 0.015
-            seconds if that is less, and never for more than 2 seconds.
+        validation_seconds: How long one validation took. Latency is measured for at most a twentieth of that, or for a
+            fifth where that is less than 0.04 seconds; at least for 0.015 seconds, and never for more than 2.
 
     Returns:
         ``size``, ``operations`` and ``latency`` (a list, by batch size) of both versions, each as far as it could be
@@ -138,12 +140,18 @@ def measure_inference(
             try:
                 versions = _Versions(original, folded_copy)
                 call = calls[0].map(lambda tensor: tensor.to(original.device))
-                _run_both(inference, versions, call, min(max(_SHARE * validation_seconds, _LEAST), _MOST))
+                _run_both(inference, versions, call, _time_for(validation_seconds))
             except Exception as error:
                 obstacle = reason_of(error)
     if obstacle is not None:
         inference["not_measured"].append(f"operations and latency: {obstacle}")
     return inference
+
+
+def _time_for(validation_seconds: float) -> float:
+    """How long to measure, in seconds."""
+    of_short = min(_SHARE_OF_SHORT * validation_seconds, _SHORT)
+    return min(max(_SHARE * validation_seconds, of_short, _LEAST), _MOST)
 
 
 def _run_both(inference: Inference, versions: _Versions, call: Call, seconds: float) -> None:
@@ -226,7 +234,9 @@ def _pairs(versions: _Versions, call: Call, rows: int, seconds: float) -> list[t
         spent = sum(_pair(versions, batch, turned=False))
         ahead = spent * min(_GROWTH, rows / size) if size < rows else spent * _FEWEST_PAIRS
         if time.perf_counter() + ahead > deadline:
-            raise FoldingError(f"one run of a batch of {size:,} takes {spent / 2:.2g} s, too long to measure")
+            raise FoldingError(
+                f"one run of a batch of {size:,} takes {spent / 2:.2g} s, too long for the {seconds:.2g} s there are"
+            )
         if size == rows:
             break
         size = min(size * _GROWTH, rows)

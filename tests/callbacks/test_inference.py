@@ -164,7 +164,7 @@ class Slow(Network):
 
 
 @pytest.mark.parametrize(
-    ("validation", "latencies", "largest"), [(0.0, 0, 8), (1.0, 1, 8), (10.0, 1, 64), (1000.0, 1, 64)]
+    ("validation", "latencies", "largest"), [(0.0, 0, 8), (0.2, 1, 8), (1.0, 1, 8), (10.0, 1, 64), (1000.0, 1, 64)]
 )
 def test_a_module_that_takes_long_is_run_for_a_short_while_only(
     validation: float, latencies: int, largest: int, monkeypatch: pytest.MonkeyPatch
@@ -174,5 +174,5 @@ def test_a_module_that_takes_long_is_run_for_a_short_while_only(
     start = Slow.now
     made = measured(module, Slow(is_folded=True), validation_seconds=validation)
     assert len(made["latency"]) == latencies
-    assert Slow.now - start <= max(0.015, min(0.05 * validation, 2.0)) + 2e-3 * largest
-    assert "too long to measure" in made["not_measured"][0]
+    assert Slow.now - start <= max(0.04, min(0.05 * validation, 2.0)) + 2e-3 * largest
+    assert "too long for the" in made["not_measured"][0]
