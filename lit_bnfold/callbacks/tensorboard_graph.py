@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from itertools import count
+from collections.abc import Sequence
+from itertools import count, takewhile
 
 from tensorboard.compat.proto.attr_value_pb2 import AttrValue
 from tensorboard.compat.proto.graph_pb2 import GraphDef
@@ -24,7 +25,7 @@ def draw(graph: ValueGraph) -> GraphDef:
     """Draw what leads to the layers and BatchNorms of a run, and what their networks make of it.
 
     A loss or a metric that is computed outside of the networks is left out. Each module is a box, and a layer's weights
-    are part of it.
+    are part of it; there is no box around everything.
 
     Args:
         graph: What was recorded.
@@ -49,12 +50,16 @@ def draw(graph: ValueGraph) -> GraphDef:
 class _Drawing:
     def __init__(self, graph: ValueGraph) -> None:
         self._graph = graph
-        self._scopes = [_scope(frame.module) for frame in graph.frames]
+        calls = self._calls()
+        scopes = [_path(frame.module) for frame in graph.frames]
+        # A box around everything would only be one more to open.
+        self._outer = len(_common([scopes[call.frame] for call in calls]))
+        self._scopes = ["/".join(scope[self._outer :]) for scope in scopes]
         # A node must not have the name of a box either.
         self._taken = set(self._scopes)
         self._outputs: dict[int, str] = {}  # the name of each value
         self.definition = GraphDef(versions=VersionDef(producer=_PRODUCER))
-        for call in self._calls():
+        for call in calls:
             self._add(call)
 
     def _calls(self) -> list[Call]:
@@ -93,7 +98,7 @@ class _Drawing:
 
     def _add_source(self, value: Value) -> str:
         """Add what comes from outside of what is drawn: an input, a parameter that is read by itself, a constant."""
-        name = self._free_name(_scope(value.name) or "input")
+        name = self._free_name("/".join(_path(value.name)[self._outer :]) or "input")
         self._add_node(name, "input" if value.name is None else "parameter", [], [value])
         self._outputs[value.index] = name
         return name
@@ -113,6 +118,12 @@ class _Drawing:
         return free
 
 
-def _scope(module: str | None) -> str:
-    """The box of a module, or the name of a parameter: the path to it, with slashes."""
-    return "/".join(_NOT_IN_NAMES.sub("_", part) for part in (module or "").split("."))
+def _path(name: str | None) -> list[str]:
+    """The boxes on the way to a module or a parameter, and its own."""
+    return [_NOT_IN_NAMES.sub("_", part) for part in name.split(".")] if name else []
+
+
+def _common(paths: Sequence[list[str]]) -> list[str]:
+    """The beginning that all paths have in common."""
+    columns = zip(*paths, strict=False)
+    return [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]

@@ -45,6 +45,21 @@ def test_what_a_loss_makes_of_the_output_and_what_leads_to_no_layer_are_left_out
     }
 
 
+def test_a_box_around_everything_is_left_out() -> None:
+    inner = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    inner.register_parameter("offset", nn.Parameter(torch.randn(2)))
+    inner.register_forward_hook(lambda module, args, output: output + module.offset)
+    model, x = nn.ModuleDict({"net": nn.Sequential(inner)}), torch.randn(4, 3)
+    found = edges(recorded(model, lambda: model["net"](x)))
+    assert found == {
+        "input": [],
+        "0/linear": ["input"],
+        "1/relu": ["0/linear"],
+        "offset": [],
+        "add": ["1/relu", "offset"],
+    }
+
+
 class Split(nn.Module):
     """Two layers, one name for a module and for an operation, and a second output that is read."""
 
