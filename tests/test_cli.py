@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -22,8 +23,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lit_bnfold.callbacks.export as exporting
-from lit_bnfold import BatchNormFolding, BatchNormMLP
+from lit_bnfold import BatchNormFolding, BatchNormMLP, HistogramMonitor, NamesDataModule, UpdateRatioMonitor
+from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
 from lit_bnfold.cli import NamesCLI, main
+from lit_bnfold.names.sampling import Sampling
 
 pytestmark = [
     # In these tests the arguments of the process are pytest's, and those of `main` are given.
@@ -524,15 +527,79 @@ def test_a_checkpoint_of_other_words_is_refused(
     assert "Expected the 27 characters that the checkpoint was trained on, got 3" in said
 
 
-@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["predict", "--help"], ["fold", "--help"]])
-def test_help_is_given(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+# Help -----------------------------------------------------------------------------------------------------------------
+
+# What the options of each command come from, by how they begin; what is linked to another option is not offered.
+EXPLAINED: dict[str, Any] = {
+    "model": BatchNormMLP,
+    "data": NamesDataModule,
+    "folding": BatchNormFolding,
+    "last_checkpoint": LastCheckpoint,
+    "update_ratio": UpdateRatioMonitor,
+    "histograms": HistogramMonitor,
+    "names": Sampling,
+}
+LINKED = {"--model.block_size", "--model.vocab_size"}
+NOT_FOR_FOLD = {"--folding.weights", "--folding.replace", "--folding.dirpath"}
+OF_LIGHTNING = ("--trainer", "--checkpoint", "--learning_rate", "--optimizer", "--lr_scheduler", "--verbose")
+
+
+def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
+    """What is printed on a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as exit_:
-        main(args)
+        main([*args, "--help"])
     assert exit_.value.code == 0
-    said = capsys.readouterr().out
-    assert "usage:" in said
-    expected = {"--help": "fold", "fit": "--folding.tolerance", "predict": "--names.prefix", "fold": "--ckpt_path"}
-    assert expected[args[0]] in said
+    return capsys.readouterr().out
+
+
+def explanations(said: str) -> dict[str, str]:
+    """What is said of each option, on one line."""
+    entries = re.findall(r"^  (--\S+)(.*(?:\n {4,}.*)*)", said, flags=re.MULTILINE)
+    return {option: " ".join(text.split()) for option, text in entries}
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict", "fold"])
+def test_every_option_of_ours_is_explained_in_a_sentence_with_its_default(
+    subcommand: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explained = explanations(help_of(capsys, monkeypatch, subcommand))
+    groups = {key: EXPLAINED[key] for key in EXPLAINED if subcommand != "fold" or key in ("model", "data", "folding")}
+    expected = {f"--{key}.{name}" for key, made in groups.items() for name in inspect.signature(made).parameters}
+    expected -= NOT_FOR_FOLD if subcommand == "fold" else LINKED
+    expected |= {"--ckpt_path", "--weights_only", "--seed_everything", "--num_threads"}
+    expected |= {"--output"} if subcommand == "fold" else set()
+    configurations = {"--print_config", *(f"--{key}" for key in groups)}
+    ours = {option for option in explained if not option.startswith(OF_LIGHTNING)}
+    assert ours - configurations == expected
+    for option in expected:
+        # Behind the option, its value and perhaps its choices or a second form.
+        assert re.search(r" [A-Z`].{14,}\. \(type: .+, default: .+\)$|\. \(default: .+\)$", explained[option]), option
+
+
+@pytest.mark.parametrize("subcommand", [[], ["fit"], ["validate"], ["test"], ["predict"], ["fold"]])
+def test_help_fits_the_terminal_and_begins_with_what_the_command_does(
+    subcommand: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = help_of(capsys, monkeypatch, *subcommand)
+    assert max(map(len, said.splitlines())) <= 80
+    usage, description = said.split("\n\n")[:2]
+    assert usage.startswith(" ".join(["usage: lit-bnfold", *subcommand]) + " [-c CONFIG]")
+    assert "\n" not in usage
+    assert re.match(r"[A-Z].*\.$", description.replace("\n", " "))
+    assert "``" not in said
+    # The address of an object, which tells nobody anything.
+    assert " at 0x" not in said
+
+
+def test_the_help_of_a_command_begins_with_what_is_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for subcommand, first in (("fit", "--model"), ("predict", "--names"), ("fold", "--model")):
+        grouped = [option for option in explanations(help_of(capsys, monkeypatch, subcommand)) if "." in option]
+        assert grouped[0].startswith(f"{first}.")
+        kinds = [option.startswith(OF_LIGHTNING) for option in grouped]
+        assert kinds == sorted(kinds)
 
 
 # The notebook's own run -----------------------------------------------------------------------------------------------

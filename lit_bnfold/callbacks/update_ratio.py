@@ -31,8 +31,9 @@ class UpdateRatioMonitor(StepMonitor):
     nothing but count.
 
     Args:
-        every_n_steps: Steps between two that are written; by default the Trainer's ``log_every_n_steps``. The first
-            one is step ``every_n_steps - 1``, counted from 0, on which Lightning writes as well.
+        every_n_steps: Steps between two that are written; None, which YAML calls null, for the Trainer's
+            ``log_every_n_steps``. The first one is step ``every_n_steps - 1``, counted from 0, on which Lightning
+            writes as well.
 
     Raises:
         TypeError: If that is no int.

@@ -253,7 +253,7 @@ class NamesDataModule(LightningDataModule):
     is resumed from a checkpoint, wherever it was stopped, sees the batches it would have seen without the stop.
 
     Args:
-        words: Path of a UTF-8 file with one word per line; None takes the bundled names.txt, 32,033 names.
+        words: Path of a UTF-8 file with one word per line; by default the bundled names.txt, 32,033 names.
         block_size: Number of characters of a context.
         batch_size: Examples in a training batch of one process.
         seed: Seed of the shuffle before the split, and of the training batches.
