@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import re
 import shlex
@@ -181,6 +182,71 @@ def test_the_folded_checkpoint_tests_as_the_original_does(trained: Run) -> None:
     assert folded.metrics == pytest.approx(original.metrics, rel=1e-5)
     assert not [key for key in folded.module.state_dict() if "norm" in key]
     assert [key for key in original.module.state_dict() if "norm" in key]
+
+
+# What TensorBoard shows of it -----------------------------------------------------------------------------------------
+
+LAYERS = ("net.embedding", "net.linear1", "net.norm1", "net.tanh1", "net.linear2", "net.norm2")
+BIASES_BEFORE_A_BATCHNORM = {"net.linear1.bias", "net.linear2.bias"}
+
+
+def read_events(directory: Path) -> EventAccumulator:
+    everything = dict.fromkeys(("scalars", "histograms", "tensors"), 0)
+    return EventAccumulator(str(directory), size_guidance=everything).Reload()
+
+
+def test_tensorboard_shows_the_training_the_folding_and_the_names(tmp_path: Path) -> None:
+    twice = ["--trainer.val_check_interval", 10]
+    run = command(tmp_path, "fit", "--config", CONFIGS[0].parent / "smoke.yaml", *twice)
+    events, parameters = read_events(run.directory), {name for name, _ in run.module.named_parameters()}
+    metrics = {"val/loss", "val/perplexity", "val/accuracy", "val/top5"}
+    # Every fifth step is written, counted from 0; validation comes behind the tenth and the twentieth.
+    training = ["train/loss", "train/log10_loss", "train/steps_per_second", "lr-SGD"]
+    training += [f"update_ratio/{name}" for name in parameters - BIASES_BEFORE_A_BATCHNORM]
+    pairs = {f"folding/{version}/{metric}" for version in ("original", "folded") for metric in metrics}
+    numbers = {f"folding/{name}" for name in ("max_abs_error", "max_rel_error", "folds", "kept")}
+    steps = dict.fromkeys(training, (4, 9, 14, 19))
+    steps |= dict.fromkeys(metrics, (9, 19)) | dict.fromkeys(pairs | numbers, (20,)) | {"saturated/net.tanh1": (0, 9)}
+    of_lightning = {"epoch", "hp_metric"}
+    # The gradient of those biases is rounding noise, which may be exactly zero on a step or not.
+    noise = {f"update_ratio/{name}" for name in BIASES_BEFORE_A_BATCHNORM}
+    assert set(events.Tags()["scalars"]) - of_lightning - noise == steps.keys()
+    for tag, expected in steps.items():
+        written = events.Scalars(tag)
+        assert tuple(event.step for event in written) == expected, tag
+        assert all(math.isfinite(event.value) for event in written), tag
+    losses = [[event.value for event in events.Scalars(f"train/{name}")] for name in ("loss", "log10_loss")]
+    assert losses[1] == pytest.approx([math.log10(loss) for loss in losses[0]])
+
+    watched = {f"activations/{name}" for name in LAYERS}
+    watched |= {f"{kind}/{name}" for kind in ("gradients", "weights") for name in parameters}
+    folded = {"folding/log10_layer_error", *(f"folding/{of}/net.norm{n}" for of in ("scale", "shift") for n in (1, 2))}
+    histograms = dict.fromkeys(watched, (0, 9)) | dict.fromkeys(folded, (20,))
+    assert set(events.Tags()["histograms"]) == histograms.keys()
+    for tag, expected in histograms.items():
+        drawn = events.Histograms(tag)
+        assert tuple(event.step for event in drawn) == expected, tag
+        assert all(math.isfinite(event.histogram_value.sum) and event.histogram_value.num > 0 for event in drawn), tag
+
+    texts = {"names/text_summary": (10, 20), "folding/plan/text_summary": (20,)}
+    assert set(events.Tags()["tensors"]) == texts.keys()
+    for tag, expected in texts.items():
+        shown = events.Tensors(tag)
+        assert tuple(event.step for event in shown) == expected, tag
+        assert all(len(event.tensor_proto.string_val[0]) > 20 for event in shown)
+    [projector] = run.directory.rglob("projector_config.pbtxt")
+    assert 'tensor_name: "characters:00020"' in projector.read_text()
+
+    kinds = {
+        version: [node.op for node in read_events(run.directory / "folding" / version).Graph().node]
+        for version in ("original", "folded")
+    }
+    assert [kinds[version].count("aten::batch_norm") for version in ("original", "folded")] == [2, 0]
+    assert [kinds[version].count("aten::linear") for version in ("original", "folded")] == [2, 2]
+    folding = read_events(run.directory / "folding")
+    assert folding.Tags()["tensors"] == ["custom_scalars__config__"]
+    assert "_hparams_/session_start_info" in folding.PluginTagToContent("hparams")
+    assert set(folding.Tags()["scalars"]) == {tag.removeprefix("folding/") for tag in pairs}
 
 
 # What a run is --------------------------------------------------------------------------------------------------------
