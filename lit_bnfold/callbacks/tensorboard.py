@@ -11,7 +11,10 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from importlib import import_module
 from inspect import signature
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,11 +99,11 @@ def _final_metrics(report: Report) -> dict[str, float]:
 
 
 def _layout(report: Report) -> dict[str, dict[str, list[Any]]]:
-    """One chart for each metric, with a line for each version."""
+    """One chart for each metric: its curve while training, and at the end of it a point for each version."""
     validation = report["validation"]
     charts = {}
     for key in validation["original"]:
-        tags = [f"{_NAME}/{version}/{key}" for version in validation]
+        tags = [key, *(f"{_NAME}/{version}/{key}" for version in validation)]
         # TensorBoard takes them for regular expressions.
         charts[key] = ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
     return {"BatchNorm folding": charts}
@@ -142,10 +145,41 @@ def _add_graphs(logger: TensorBoardLogger, graphs: dict[str, tuple[Any, tuple[An
     try:
         for version, graph in graphs.items():
             with _run(logger, version) as run, quietly():
-                run.experiment.add_graph(*graph)
+                # What add_graph does, with other names.
+                definition, metadata = _pytorch_graph().graph(*graph)
+                _unwrap(definition)
+                run.experiment.file_writer.add_graph((definition, metadata))
     except Exception as error:
         # Not everything that can be traced can be drawn.
         _tell_of_no_graph(reason_of(error))
+
+
+def _pytorch_graph() -> Any:
+    # Whoever has another logger does not have to wait for it to load.
+    return import_module("torch.utils.tensorboard._pytorch_graph")
+
+
+def _unwrap(definition: Any) -> None:
+    """Take from all names what they have in common: TensorBoard would show one closed box with everything in it.
+
+    Args:
+        definition: A GraphDef. The path of a node's name is that of its module, each under its class.
+    """
+    scopes = [node.name.split("/")[:-1] for node in definition.node if node.op not in ("IO Node", "prim::Constant")]
+    common = reduce(_shared, scopes) if scopes else []
+
+    def unwrapped(name: str) -> str:
+        path = name.split("/")
+        return "/".join(path[len(_shared(path[:-1], common)) :])
+
+    for node in definition.node:
+        node.name = unwrapped(node.name)
+        node.input[:] = [unwrapped(name) for name in node.input]
+
+
+def _shared(one: list[str], other: list[str]) -> list[str]:
+    """What two paths begin with."""
+    return [part for part, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
 
 def _tell_of_no_graph(obstacle: str) -> None:

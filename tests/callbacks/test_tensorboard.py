@@ -22,7 +22,7 @@ from tensorboard.plugins.hparams.metadata import (
 )
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard import _pytorch_graph
 from torchmetrics import MeanMetric, MetricCollection
 
 from lit_bnfold import BatchNormFolding
@@ -129,6 +129,17 @@ def test_every_tag_is_there_on_the_last_step_and_finite(board: tuple[Trainer, st
         assert math.isfinite(scalar.value)
 
 
+def test_a_graph_opens_at_the_layers_and_not_at_one_box_with_all_of_them(board: tuple[Trainer, str]) -> None:
+    nodes = events(board[1], "folding", "original").Graph().node
+    boxes = {node.name.split("/")[0] for node in nodes if node.op.startswith("aten::")}
+    layers = {"Linear[first]", "ModuleDict[norms]", "BatchNorm1d[norm]", "Linear[second]", "BatchNorm1d[last]"}
+    assert {box for box in boxes if "[" in box} <= layers
+    assert {"Linear[first]", "BatchNorm1d[last]"} <= boxes
+    names = {node.name for node in nodes}
+    assert len(names) == len(nodes)
+    assert {name for node in nodes if node.op.startswith("aten::") for name in node.input} <= names
+
+
 @pytest.mark.parametrize("replace", [False, True])
 def test_scale_and_shift_are_those_of_the_batchnorm_that_was_folded(
     replace: bool, tmp_path: Path, randomised: Randomised
@@ -159,7 +170,9 @@ def test_both_versions_of_a_metric_share_a_chart(board: tuple[Trainer, str]) -> 
     for chart in category.chart:
         patterns = [re.compile(pattern) for pattern in chart.multiline.tag]
         matched = [[tag for tag in written if pattern.match(tag)] for pattern in patterns]
-        assert matched == [[f"folding/original/{chart.title}"], [f"folding/folded/{chart.title}"]]
+        both = [[f"folding/original/{chart.title}"], [f"folding/folded/{chart.title}"]]
+        # With the curve that leads there.
+        assert matched == [[chart.title], *both]
 
 
 def test_hyperparameters_have_the_final_metrics_of_both_versions(board: tuple[Trainer, str]) -> None:
@@ -258,10 +271,10 @@ def test_a_graph_that_cannot_be_drawn_is_left_out_with_a_sentence(
 def test_a_graph_that_is_traced_and_cannot_be_drawn_costs_nothing_else(
     tmp_path: Path, randomised: Randomised, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def add_graph(*args: Any) -> None:
+    def fail(*args: Any) -> None:
         raise KeyError("a node")
 
-    monkeypatch.setattr(SummaryWriter, "add_graph", add_graph)
+    monkeypatch.setattr(_pytorch_graph, "graph", fail)
     logger = TensorBoardLogger(tmp_path, name="board")
     with caplog.at_level(logging.INFO):
         fit(tmp_path, randomised(Small()), logger)
