@@ -191,7 +191,11 @@ class RandomBatches:
         }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Warn if a resumed run will not see the batches that it would have seen without the stop."""
+        """Warn if a resumed run will not see the batches that it would have seen without the stop.
+
+        Args:
+            state_dict: What ``state_dict`` gave for the run that was stopped.
+        """
         if state_dict != self.state_dict():
             rank_zero_warn(
                 f"The resumed run drew its batches with {state_dict} and goes on with {self.state_dict()}, so it will "
@@ -313,6 +317,9 @@ class NamesDataModule(LightningDataModule):
     @staticmethod
     def of(trainer: Trainer) -> "NamesDataModule":
         """Return the data of a trainer.
+
+        Args:
+            trainer: A Trainer that is at work.
 
         Raises:
             TypeError: If it has none, or other data.
