@@ -52,7 +52,7 @@ def main() -> None:
         run = arguments.run or make_run(Path(scratch))
         if not (run / "folding.html").is_file():
             sys.exit(f"Expected the directory of a finished run, with its folding.html, at {run}.")
-        save(shoot(browser, (run / "folding.html").absolute().as_uri(), (980, 850)), arguments.to / "report.png")
+        save(shoot(browser, (run / "folding.html").absolute().as_uri(), (980, 800)), arguments.to / "report.png")
         graphs = {version: shoot_graph(browser, run / "folding" / version) for version in ("original", "folded")}
         save(beside_each_other(graphs), arguments.to / "graphs.png")
 
