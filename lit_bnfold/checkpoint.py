@@ -89,6 +89,21 @@ def load_folded(model_class: type[_Module], path: str | Path, **kwargs: Any) -> 
     Raises:
         FileNotFoundError: If there is no such file.
         FoldingError: If the checkpoint is not folded, or its plan does not fit the class.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from lightning.pytorch import Trainer
+        >>> from lit_bnfold import BatchNormFolding, BatchNormMLP, NamesDataModule
+        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        >>> quiet |= {"enable_model_summary": False, "accelerator": "cpu"}
+        >>> with TemporaryDirectory() as directory:
+        ...     folding = BatchNormFolding(dirpath=directory)
+        ...     trainer = Trainer(max_steps=1, limit_val_batches=1, callbacks=[folding], **quiet)
+        ...     trainer.fit(BatchNormMLP(), NamesDataModule())  # doctest: +ELLIPSIS
+        ...     folded = load_folded(BatchNormMLP, f"{directory}/folded.ckpt")
+        BatchNorm folding: 3 of 3 folded...
+        >>> folded.net.norm1
+        Identity()
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected a folded checkpoint at {path}, found no file.")

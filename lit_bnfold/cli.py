@@ -31,7 +31,7 @@ from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 from lit_bnfold.names.sampling import Sampling
-from lit_bnfold.parser import OneSentenceParser, read_config
+from lit_bnfold.parser import OneSentenceParser, arrange_help, read_config
 
 # Drawing the bar costs as much as a training step of the small network.
 _BAR_REFRESH_STEPS = 200
@@ -46,6 +46,34 @@ _TRAINER_DEFAULTS = {
 _UPDATE_RATIO_STEPS = 1_000
 
 _MONITORS = (LearningRateMonitor, UpdateRatioMonitor, HistogramMonitor, SpeedMonitor)
+
+_DESCRIPTION = "Train with BatchNorm, ship without it: a small network that makes up names, or any checkpoint of yours."
+
+_EVALUATED = "Checkpoint, folded or not: a file, or `last` for the newest last.ckpt of the trainings here."
+
+# For each subcommand what it does, and what its checkpoint is for.
+_SUBCOMMANDS = {
+    "fit": (
+        "Train, fold the BatchNorms, and prove that both versions agree.",
+        "Checkpoint to go on from: a file, or `last` for the newest last.ckpt of the trainings here. By default a new "
+        "training begins.",
+    ),
+    "validate": (
+        "Measure a checkpoint, folded or not, on the validation words.",
+        f"{_EVALUATED} By default the network is measured before any training.",
+    ),
+    "test": (
+        "Measure a checkpoint, folded or not, on the test words.",
+        f"{_EVALUATED} By default the network is measured before any training.",
+    ),
+    "predict": ("Make up names with a checkpoint, folded or not.", f"{_EVALUATED} It has to be given."),
+}
+
+_HELP = {
+    "seed_everything": "Seed of all random numbers; `true` for a random one, `false` for none.",
+    "weights_only": "`false` to read a checkpoint that holds more than tensors and plain values; it can run any code. "
+    "By default `true` for a file and `false` for a URL.",
+}
 
 # They would look for a training's directory, and tell that it is another one.
 _TRAINING_CALLBACKS = (Checkpoint, *_MONITORS)
@@ -77,12 +105,20 @@ class NamesCLI(LightningCLI):
         """Make the parser, and list beside its own subcommands the one that has a parser for each class."""
         super().setup_parser(*args, **kwargs)
         assert isinstance(self.parser, _ListingParser)
+        for choice in self.parser.listed._choices_actions:
+            choice.help = _SUBCOMMANDS[choice.dest][0]
+        for name, parser in self.parser.listed.choices.items():
+            parser.description = _SUBCOMMANDS[name][0]
+            arrange_help(parser, first="names" if name == "predict" else None)
+            own = {**_HELP, "ckpt_path": _SUBCOMMANDS[name][1]}
+            for action in parser._actions:
+                action.help = own.get(action.dest, action.help)
         self.parser.listed.add_subcommand("fold", LightningArgumentParser(), help=SUMMARY)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks, and take from the data what the network has to know of it."""
         parser.add_argument(
-            "--num_threads", type=int, default=1, help="CPU threads of torch; one is the fastest for a small network"
+            "--num_threads", type=int, default=1, help="CPU threads of torch; one is the fastest for a small network."
         )
         parser.add_lightning_class_args(BatchNormFolding, "folding")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -199,6 +235,7 @@ def main(args: list[str] | None = None) -> None:
                 parser_class=_ListingParser,
                 trainer_defaults=_TRAINER_DEFAULTS,
                 seed_everything_default=42,
+                parser_kwargs={"prog": "lit-bnfold", "description": _DESCRIPTION},
                 args=args,
             )
     except BrokenPipeError:

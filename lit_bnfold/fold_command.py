@@ -12,7 +12,7 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from lit_bnfold.callbacks import BatchNormFolding
 from lit_bnfold.checkpoint import read_training
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
-from lit_bnfold.parser import options_of, read_config, sentence
+from lit_bnfold.parser import ShortHelpFormatter, arrange_help, options_of, read_config, sentence
 
 SUMMARY = "Fold the BatchNorms of a checkpoint, with the same proof and the same files as at the end of ``fit``."
 
@@ -125,17 +125,18 @@ def find_last_checkpoint(root: Path) -> Path:
 def _early_parser() -> argparse.ArgumentParser:
     """Reads what has to be known before the other arguments can be understood."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    _add_own_arguments(parser)
+    _add_own_arguments(parser, _true_or_false)
     parser.add_argument("--model")
     parser.add_argument("--data")
     parser.add_argument("--trainer.default_root_dir", dest="root", default=".")
     return parser
 
 
-def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_own_arguments(parser: argparse.ArgumentParser, boolean: Callable[[str], bool]) -> None:
     parser.add_argument(
         "--ckpt_path",
-        help="The checkpoint: a file, the directory that FSDP or ModelParallel wrote, or `last` for the last one here.",
+        help="The checkpoint: a file, the directory that FSDP or ModelParallel wrote, or `last` for the last one here. "
+        "It has to be given.",
     )
     parser.add_argument("--output", help="Directory for the files; by default the one that the checkpoint is in.")
     parser.add_argument(
@@ -146,8 +147,9 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weights_only",
-        type=_true_or_false,
-        help="`false` to read a checkpoint that holds more than tensors and plain values; it can run any code.",
+        type=boolean,
+        help="`false` to read a checkpoint that holds more than tensors and plain values; it can run any code. By "
+        "default `true`.",
     )
 
 
@@ -159,10 +161,15 @@ def _true_or_false(value: str) -> bool:
 
 def _parser(parts: Sequence[_Part]) -> LightningArgumentParser:
     """Reads all other arguments; as ``fit`` does, with the classes at hand."""
-    parser = LightningArgumentParser(prog="lit-bnfold fold", description=_DESCRIPTION, exit_on_error=False)
-    _add_own_arguments(parser)
+    parser = LightningArgumentParser(
+        prog="lit-bnfold fold",
+        description=_DESCRIPTION,
+        exit_on_error=False,
+        formatter_class=ShortHelpFormatter,
+    )
+    _add_own_arguments(parser, bool)
     parser.add_argument("--seed_everything", type=int, default=42, help="Seed of all random numbers.")
-    parser.add_argument("--num_threads", type=int, help="CPU threads of torch.")
+    parser.add_argument("--num_threads", type=int, help="CPU threads of torch. By default as many as torch takes.")
     classes = {part.key: part.of_class for part in parts} | {"folding": BatchNormFolding, "trainer": Trainer}
     for key, of_class in classes.items():
         parser.add_class_arguments(
@@ -171,6 +178,7 @@ def _parser(parts: Sequence[_Part]) -> LightningArgumentParser:
     # What is required may be in the checkpoint.
     for action in parser._actions:
         action.required = False
+    arrange_help(parser)
     return parser
 
 

@@ -1,17 +1,62 @@
-"""The parser of the command line: it says in one sentence what is wrong, and what was perhaps meant."""
+"""The parser of the command line: its help fits a terminal, and it says in one sentence what is wrong."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
+
+# The titles of the groups whose options begin so; they stand in this order behind ours, which have their own.
+_TITLES = {
+    "ckpt_path": "The checkpoint",
+    "checkpoint": "The best checkpoint (Lightning's ModelCheckpoint)",
+    "learning_rate": "The curve of the learning rate (Lightning's LearningRateMonitor)",
+    "optimizer": "Another optimizer than the network's own (torch.optim)",
+    "lr_scheduler": "Another schedule of the learning rate (torch.optim.lr_scheduler)",
+    "trainer": "Everything else about the run (Lightning's Trainer)",
+}
+
+
+class ShortHelpFormatter(DefaultHelpFormatter):
+    """Explains every option and repeats none of them in the usage; writes defaults as the command line takes them."""
+
+    def start_section(self, heading: str | None) -> None:
+        """Begin a group of options, under a title that may be longer than a line."""
+        super().start_section(heading and textwrap.fill(_plain(heading), self._width))
+
+    def _format_usage(self, usage: str | None, actions: Any, groups: Any, prefix: str | None) -> str:
+        actions = list(actions)
+        # With a prefix, argparse asks for the name of the command, not for what is printed.
+        if prefix is not None or any(isinstance(action, argparse._SubParsersAction) for action in actions):
+            return super()._format_usage(usage, actions, groups, prefix)
+        return f"usage: {without_options(self._prog)} [-c CONFIG] [--OPTION VALUE ...]\n\n"
+
+    def _format_text(self, text: str) -> str:
+        return super()._format_text(_plain(text))
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        default = action.default
+        try:
+            if isinstance(default, (bool, list, tuple)) or default == "":
+                action.default = json.dumps(default)
+            return _plain(super()._expand_help(action))
+        finally:
+            action.default = default
+
+
+def _plain(text: str) -> str:
+    """A docstring's text without what only a documentation tool needs."""
+    return text.replace("``", "`")
 
 
 class OneSentenceParser(LightningArgumentParser):
@@ -24,7 +69,7 @@ class OneSentenceParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # An abbreviation of today is an option of its own tomorrow.
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": ShortHelpFormatter, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Leave with a sentence and the code 2.
@@ -36,10 +81,35 @@ class OneSentenceParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        prog = parser.prog.replace(" [options]", "")
         said = sentence(message, options_of(parser))
-        sys.stderr.write(f"lit-bnfold: {said}\n`{prog} --help` explains every option.\n")
+        sys.stderr.write(f"lit-bnfold: {said}\n`{without_options(parser.prog)} --help` explains every option.\n")
         self.exit(2)
+
+
+def arrange_help(parser: LightningArgumentParser, first: str | None = None) -> None:
+    """Put the options that are ours before Lightning's, and these under titles that say what they are.
+
+    Args:
+        parser: A parser that has all its options.
+        first: What the options of the group begin with that stands before all others.
+    """
+    order = {"": 0, first: -1} | {key: place for place, key in enumerate(_TITLES, start=1)}
+
+    def key_of(group: Any) -> str:
+        """What the options of a group begin with, if it has a place of its own."""
+        keys = {action.dest.partition(".")[0] for action in group._group_actions}
+        return next((key for key in keys if key in order), "")
+
+    # The first two of argparse hold what is in no group, such as --help.
+    ungrouped, groups = list(parser._action_groups[:2]), parser._action_groups[2:]
+    for group in groups:
+        group.title = _TITLES.get(key_of(group), group.title)
+    parser._action_groups = ungrouped + sorted(groups, key=lambda group: order[key_of(group)])
+
+
+def without_options(prog: str) -> str:
+    """The name of a command, without the options that may stand before its subcommand."""
+    return prog.replace(" [options]", "")
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import os
 import re
 import shlex
@@ -22,8 +24,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lit_bnfold.callbacks.export as exporting
-from lit_bnfold import BatchNormFolding, BatchNormMLP
+from lit_bnfold import BatchNormFolding, BatchNormMLP, HistogramMonitor, NamesDataModule, UpdateRatioMonitor
+from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
 from lit_bnfold.cli import NamesCLI, main
+from lit_bnfold.names.sampling import Sampling
 
 pytestmark = [
     # In these tests the arguments of the process are pytest's, and those of `main` are given.
@@ -40,7 +44,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
 ]
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+# The one for other people's projects has a test of its own.
+CONFIGS = sorted(
+    path for path in (Path(__file__).parents[1] / "configs").glob("*.yaml") if path.name != "your_project.yaml"
+)
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 SHORT = ["--trainer.max_steps", "5", "--trainer.val_check_interval", "5"]
 COMMAND = Path(sysconfig.get_path("scripts")) / "lit-bnfold"
@@ -175,6 +182,71 @@ def test_the_folded_checkpoint_tests_as_the_original_does(trained: Run) -> None:
     assert folded.metrics == pytest.approx(original.metrics, rel=1e-5)
     assert not [key for key in folded.module.state_dict() if "norm" in key]
     assert [key for key in original.module.state_dict() if "norm" in key]
+
+
+# What TensorBoard shows of it -----------------------------------------------------------------------------------------
+
+LAYERS = ("net.embedding", "net.linear1", "net.norm1", "net.tanh1", "net.linear2", "net.norm2")
+BIASES_BEFORE_A_BATCHNORM = {"net.linear1.bias", "net.linear2.bias"}
+
+
+def read_events(directory: Path) -> EventAccumulator:
+    everything = dict.fromkeys(("scalars", "histograms", "tensors"), 0)
+    return EventAccumulator(str(directory), size_guidance=everything).Reload()
+
+
+def test_tensorboard_shows_the_training_the_folding_and_the_names(tmp_path: Path) -> None:
+    twice = ["--trainer.val_check_interval", 10]
+    run = command(tmp_path, "fit", "--config", CONFIGS[0].parent / "smoke.yaml", *twice)
+    events, parameters = read_events(run.directory), {name for name, _ in run.module.named_parameters()}
+    metrics = {"val/loss", "val/perplexity", "val/accuracy", "val/top5"}
+    # Every fifth step is written, counted from 0; validation comes behind the tenth and the twentieth.
+    training = ["train/loss", "train/log10_loss", "train/steps_per_second", "lr-SGD"]
+    training += [f"update_ratio/{name}" for name in parameters - BIASES_BEFORE_A_BATCHNORM]
+    pairs = {f"folding/{version}/{metric}" for version in ("original", "folded") for metric in metrics}
+    numbers = {f"folding/{name}" for name in ("max_abs_error", "max_rel_error", "folds", "kept")}
+    steps = dict.fromkeys(training, (4, 9, 14, 19))
+    steps |= dict.fromkeys(metrics, (9, 19)) | dict.fromkeys(pairs | numbers, (20,)) | {"saturated/net.tanh1": (0, 9)}
+    of_lightning = {"epoch", "hp_metric"}
+    # The gradient of those biases is rounding noise, which may be exactly zero on a step or not.
+    noise = {f"update_ratio/{name}" for name in BIASES_BEFORE_A_BATCHNORM}
+    assert set(events.Tags()["scalars"]) - of_lightning - noise == steps.keys()
+    for tag, expected in steps.items():
+        written = events.Scalars(tag)
+        assert tuple(event.step for event in written) == expected, tag
+        assert all(math.isfinite(event.value) for event in written), tag
+    losses = [[event.value for event in events.Scalars(f"train/{name}")] for name in ("loss", "log10_loss")]
+    assert losses[1] == pytest.approx([math.log10(loss) for loss in losses[0]])
+
+    watched = {f"activations/{name}" for name in LAYERS}
+    watched |= {f"{kind}/{name}" for kind in ("gradients", "weights") for name in parameters}
+    folded = {"folding/log10_layer_error", *(f"folding/{of}/net.norm{n}" for of in ("scale", "shift") for n in (1, 2))}
+    histograms = dict.fromkeys(watched, (0, 9)) | dict.fromkeys(folded, (20,))
+    assert set(events.Tags()["histograms"]) == histograms.keys()
+    for tag, expected in histograms.items():
+        drawn = events.Histograms(tag)
+        assert tuple(event.step for event in drawn) == expected, tag
+        assert all(math.isfinite(event.histogram_value.sum) and event.histogram_value.num > 0 for event in drawn), tag
+
+    texts = {"names/text_summary": (10, 20), "folding/plan/text_summary": (20,)}
+    assert set(events.Tags()["tensors"]) == texts.keys()
+    for tag, expected in texts.items():
+        shown = events.Tensors(tag)
+        assert tuple(event.step for event in shown) == expected, tag
+        assert all(len(event.tensor_proto.string_val[0]) > 20 for event in shown)
+    [projector] = run.directory.rglob("projector_config.pbtxt")
+    assert 'tensor_name: "characters:00020"' in projector.read_text()
+
+    kinds = {
+        version: [node.op for node in read_events(run.directory / "folding" / version).Graph().node]
+        for version in ("original", "folded")
+    }
+    assert [kinds[version].count("batch_norm") for version in ("original", "folded")] == [2, 0]
+    assert [kinds[version].count("linear") for version in ("original", "folded")] == [2, 2]
+    folding = read_events(run.directory / "folding")
+    assert folding.Tags()["tensors"] == ["custom_scalars__config__"]
+    assert "_hparams_/session_start_info" in folding.PluginTagToContent("hparams")
+    assert set(folding.Tags()["scalars"]) == {tag.removeprefix("folding/") for tag in pairs}
 
 
 # What a run is --------------------------------------------------------------------------------------------------------
@@ -524,15 +596,79 @@ def test_a_checkpoint_of_other_words_is_refused(
     assert "Expected the 27 characters that the checkpoint was trained on, got 3" in said
 
 
-@pytest.mark.parametrize("args", [["--help"], ["fit", "--help"], ["predict", "--help"], ["fold", "--help"]])
-def test_help_is_given(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+# Help -----------------------------------------------------------------------------------------------------------------
+
+# What the options of each command come from, by how they begin; what is linked to another option is not offered.
+EXPLAINED: dict[str, Any] = {
+    "model": BatchNormMLP,
+    "data": NamesDataModule,
+    "folding": BatchNormFolding,
+    "last_checkpoint": LastCheckpoint,
+    "update_ratio": UpdateRatioMonitor,
+    "histograms": HistogramMonitor,
+    "names": Sampling,
+}
+LINKED = {"--model.block_size", "--model.vocab_size"}
+NOT_FOR_FOLD = {"--folding.weights", "--folding.replace", "--folding.dirpath"}
+OF_LIGHTNING = ("--trainer", "--checkpoint", "--learning_rate", "--optimizer", "--lr_scheduler", "--verbose")
+
+
+def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
+    """What is printed on a terminal of 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as exit_:
-        main(args)
+        main([*args, "--help"])
     assert exit_.value.code == 0
-    said = capsys.readouterr().out
-    assert "usage:" in said
-    expected = {"--help": "fold", "fit": "--folding.tolerance", "predict": "--names.prefix", "fold": "--ckpt_path"}
-    assert expected[args[0]] in said
+    return capsys.readouterr().out
+
+
+def explanations(said: str) -> dict[str, str]:
+    """What is said of each option, on one line."""
+    entries = re.findall(r"^  (--\S+)(.*(?:\n {4,}.*)*)", said, flags=re.MULTILINE)
+    return {option: " ".join(text.split()) for option, text in entries}
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict", "fold"])
+def test_every_option_of_ours_is_explained_in_a_sentence_with_its_default(
+    subcommand: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explained = explanations(help_of(capsys, monkeypatch, subcommand))
+    groups = {key: EXPLAINED[key] for key in EXPLAINED if subcommand != "fold" or key in ("model", "data", "folding")}
+    expected = {f"--{key}.{name}" for key, made in groups.items() for name in inspect.signature(made).parameters}
+    expected -= NOT_FOR_FOLD if subcommand == "fold" else LINKED
+    expected |= {"--ckpt_path", "--weights_only", "--seed_everything", "--num_threads"}
+    expected |= {"--output"} if subcommand == "fold" else set()
+    configurations = {"--print_config", *(f"--{key}" for key in groups)}
+    ours = {option for option in explained if not option.startswith(OF_LIGHTNING)}
+    assert ours - configurations == expected
+    for option in expected:
+        # Behind the option, its value and perhaps its choices or a second form.
+        assert re.search(r" [A-Z`].{14,}\. \(type: .+, default: .+\)$|\. \(default: .+\)$", explained[option]), option
+
+
+@pytest.mark.parametrize("subcommand", [[], ["fit"], ["validate"], ["test"], ["predict"], ["fold"]])
+def test_help_fits_the_terminal_and_begins_with_what_the_command_does(
+    subcommand: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = help_of(capsys, monkeypatch, *subcommand)
+    assert max(map(len, said.splitlines())) <= 80
+    usage, description = said.split("\n\n")[:2]
+    assert usage.startswith(" ".join(["usage: lit-bnfold", *subcommand]) + " [-c CONFIG]")
+    assert "\n" not in usage
+    assert re.match(r"[A-Z].*\.$", description.replace("\n", " "))
+    assert "``" not in said
+    # The address of an object, which tells nobody anything.
+    assert " at 0x" not in said
+
+
+def test_the_help_of_a_command_begins_with_what_is_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for subcommand, first in (("fit", "--model"), ("predict", "--names"), ("fold", "--model")):
+        grouped = [option for option in explanations(help_of(capsys, monkeypatch, subcommand)) if "." in option]
+        assert grouped[0].startswith(f"{first}.")
+        kinds = [option.startswith(OF_LIGHTNING) for option in grouped]
+        assert kinds == sorted(kinds)
 
 
 # The notebook's own run -----------------------------------------------------------------------------------------------

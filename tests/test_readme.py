@@ -28,3 +28,12 @@ def test_it_is_short_and_sets_up_in_two_commands() -> None:
 def test_every_config_it_names_is_there() -> None:
     for name in re.findall(r"configs/\w+\.yaml", README):
         assert (ROOT / name).is_file()
+
+
+def test_every_picture_it_shows_is_there_and_small() -> None:
+    pictures = re.findall(r'<img src="([^"]+)"', README)
+    assert len(pictures) == 2
+    for name in pictures:
+        content = (ROOT / name).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert len(content) < 200_000

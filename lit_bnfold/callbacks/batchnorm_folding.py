@@ -24,7 +24,8 @@ from lit_bnfold.callbacks.inference import Inference, eval_copy, measure_inferen
 from lit_bnfold.callbacks.proof import GraphWitness, LayerWitness, Witness, output_error
 from lit_bnfold.callbacks.reestimation import Reestimation
 from lit_bnfold.callbacks.report import Report, make_report, print_report, scalars, write_report
-from lit_bnfold.callbacks.tensorboard import show_in_tensorboard
+from lit_bnfold.callbacks.stages import Stages
+from lit_bnfold.callbacks.tensorboard import show_in_tensorboard, tensorboard_loggers
 from lit_bnfold.callbacks.validation import ValidationRun, first_training_batch, run_validation
 from lit_bnfold.checkpoint import (
     SHARDED_STRATEGIES,
@@ -133,6 +134,7 @@ class BatchNormFolding(Callback):
         self.report: Report | None = None
         self.folded_module: LightningModule | None = None
         self._progress: dict[str, Any] = {}
+        self._stages = Stages()
         self._load_as_before: Callable[[], None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -177,6 +179,7 @@ class BatchNormFolding(Callback):
         directory = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         validate = partial(run_validation, trainer, pl_module)
         with (
+            self._stages.shown(trainer),
             self._chosen_weights(trainer, pl_module) as weights,
             self._as_in_the_first_process(trainer, pl_module),
             self._reestimated(trainer, pl_module, validate) as reestimated,
@@ -249,6 +252,8 @@ class BatchNormFolding(Callback):
 
         def validate(callbacks: Sequence[Callback]) -> ValidationRun:
             nonlocal is_loaded
+            if trainer.progress_bar_callback is not None:
+                self._stages.clear()  # Its bar says what is done.
             trainer.callbacks = [*others, *callbacks]  # type: ignore[attr-defined]
             kwargs: dict[str, Any] = {"datamodule": datamodule, "verbose": False}
             try:
@@ -265,7 +270,10 @@ class BatchNormFolding(Callback):
             return ValidationRun(metrics, tuple(int(batches) for batches in trainer.num_val_batches))
 
         try:
-            with self._reestimated(trainer, pl_module, validate) as reestimated:
+            with (
+                self._stages.shown(trainer),
+                self._reestimated(trainer, pl_module, validate) as reestimated,
+            ):
                 self._fold(trainer, pl_module, validate, directory, f"checkpoint {ckpt_path}", reestimated)
         finally:
             self._progress = {}
@@ -295,6 +303,7 @@ class BatchNormFolding(Callback):
             yield None
             return
         reestimation = Reestimation(pl_module, self.reestimate_batches)
+        self._stages.begin(f"re-estimating statistics from {self.reestimate_batches} training batches")
         before = validate([reestimation])
         if reestimation.moments is None:
             # There is nothing to validate on, so nobody has asked it to measure.
@@ -313,15 +322,19 @@ class BatchNormFolding(Callback):
         best: tuple[str, float] | None = None,
     ) -> None:
         """The order of events: validate and watch, plan, fold, validate again, compare, write."""
+        self._stages.begin("validating the original")
         with GraphWitness(pl_module) as original:
             before = validate([original])
             no_batch = not original.batches
             if no_batch:
+                self._stages.clear()
                 rank_zero_info("There is nothing to validate on: the folded module is proven on one example alone.")
                 self._run_example(trainer, pl_module, original)
+        self._stages.begin("trying out what can be folded")
         plan = _in_all_processes(trainer, original.plan(), pl_module)
         folded = LayerWitness(pl_module, plan, self.tolerance)
         trained = {address_of(parameter) for parameter in pl_module.parameters()}
+        self._stages.begin(f"validating with {len(plan.folds)} of {len(plan.folds) + len(plan.kept)} folded")
         unfolded, start = runnable_copy(pl_module, trainer), time.perf_counter()
         with folded_in_place(plan, pl_module):
             with folded, first_call(pl_module) as calls:
@@ -349,6 +362,8 @@ class BatchNormFolding(Callback):
                 measure = partial(measure_inference, trainer, unfolded, validation_seconds=seconds)
                 self._write(trainer, pl_module, plan, directory, calls, trained, measure)
         if self.report["mismatch"] is None and trainer.state.fn == "fit":
+            if tensorboard_loggers(trainer):
+                self._stages.begin("drawing both versions for TensorBoard")
             show_in_tensorboard(trainer, self.report, unfolded, original.first_batch, folded.first_batch)
         self.plan = plan
         self._conclude(trainer, pl_module, directory)
@@ -396,9 +411,13 @@ class BatchNormFolding(Callback):
             report, page = directory / "folding.json", directory / "folding.html"
             # The report comes last and goes first: where it lies, it tells of the files beside it.
             outdated = [report, page, *(directory / name for name in FILES.values())]
+            self._stages.begin("writing folded.ckpt")
             save_folded(trainer, pl_module, plan, directory / "folded.ckpt", self._progress, outdated)
             tolerance = self.tolerance or _dtype_tolerance(pl_module)
-            self.report["exports"] = export_files(self.export, trainer, folded, calls, directory, tolerance)
+            self.report["exports"] = export_files(
+                self.export, trainer, folded, calls, directory, tolerance, self._stages.begin
+            )
+            self._stages.begin("measuring how fast both versions are")
             self.report["inference"] = measure(folded, calls)
             with whole_file(page, trainer) as part:
                 if trainer.is_global_zero:
@@ -421,6 +440,7 @@ class BatchNormFolding(Callback):
     def _conclude(self, trainer: Trainer, pl_module: LightningModule, directory: Path) -> None:
         assert self.report is not None
         assert self.plan is not None
+        self._stages.clear()
         if self.report["mismatch"] is not None:
             message = f"The folded module does not do what the original does: {self.report['mismatch']}."
             if self.on_mismatch == "raise":

@@ -173,6 +173,7 @@ def export_files(
     calls: Sequence[Call],
     directory: Path,
     tolerance: float,
+    tell: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
     """Write the files of a folded module, each when it has been run and agrees. To be called on all ranks.
 
@@ -183,6 +184,7 @@ def export_files(
         calls: A call of it to make the files from; the first one is taken.
         directory: Where the files go.
         tolerance: Largest error of an output that counts as agreement, in units of the largest output.
+        tell: Is told what begins; an export may take a minute.
 
     Returns:
         For each export ``max_abs`` and ``max_rel``, the error of the outputs, or ``failure``, the reason for which its
@@ -191,6 +193,7 @@ def export_files(
     results: dict[str, dict[str, Any]] = {}
     for export in exports:
         path = directory / FILES[export]
+        tell(f"exporting {path.name} and running it")
         if trainer.is_global_zero:
             # What lies there was made of other weights than the `folded.ckpt` beside it.
             path.unlink(missing_ok=True)

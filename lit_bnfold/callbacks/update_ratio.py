@@ -11,6 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from lit_bnfold.callbacks.monitor import StepMonitor, check_every_n_steps
 
+# A float32 has eight digits: what is smaller is a single element that was rounded the other way.
+_NOISE = 1e-8
+
 
 class UpdateRatioMonitor(StepMonitor):
     """Writes how much each step changes each parameter: log10 of the update's spread over the parameter's.
@@ -22,8 +25,8 @@ class UpdateRatioMonitor(StepMonitor):
     training is rough.
 
     A parameter is left out of a step that does not change it, or changes all its elements alike, because there the
-    logarithm is minus infinity: a bias in front of a BatchNorm, whose gradient is rounding noise, has no curve. So is
-    one that is frozen, or that has a single element and hence no spread.
+    logarithm is minus infinity, or changes it by less than 1e-8 of its spread: a bias in front of a BatchNorm, whose
+    gradient is rounding noise, has no curve. So is one that is frozen, or that has a single element and no spread.
 
     It works with any optimizer and with several, with manual optimisation and accumulated gradients, and writes to
     every logger of the Trainer, on rank 0. On the steps that are written it needs memory for two more copies of the
@@ -31,8 +34,9 @@ class UpdateRatioMonitor(StepMonitor):
     nothing but count.
 
     Args:
-        every_n_steps: Steps between two that are written; by default the Trainer's ``log_every_n_steps``. The first
-            one is step ``every_n_steps - 1``, counted from 0, on which Lightning writes as well.
+        every_n_steps: Steps between two that are written; None, which YAML calls null, for the Trainer's
+            ``log_every_n_steps``. The first one is step ``every_n_steps - 1``, counted from 0, on which Lightning
+            writes as well.
 
     Raises:
         TypeError: If that is no int.
@@ -91,7 +95,7 @@ def _log10_ratios(changed: dict[str, tuple[nn.Parameter, Tensor]]) -> dict[str, 
     numbers = torch.stack(spreads).tolist()
     ratios = {}
     for name, update, data in zip(pairs, numbers[: len(pairs)], numbers[len(pairs) :], strict=True):
-        if update > 0 and data > 0 and isfinite(update) and isfinite(data):
+        if update > _NOISE * data and data > 0 and isfinite(update) and isfinite(data):
             ratios[name] = log10(update) - log10(data)
     return ratios
 

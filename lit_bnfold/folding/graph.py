@@ -20,7 +20,16 @@ _STRIDE_READERS = {"aten.view.default", "aten.view.dtype", "aten.as_strided.defa
 
 
 class FoldingError(Exception):
-    """A model cannot be folded, or a plan does not fit it."""
+    """A model cannot be folded, or a plan does not fit it.
+
+    Example:
+        >>> import torch
+        >>> from lit_bnfold.folding import Fold, FoldingPlan, Part
+        >>> FoldingPlan((Fold("bn", (Part("fc"),)),)).apply(torch.nn.Linear(3, 5))
+        Traceback (most recent call last):
+        ...
+        lit_bnfold.folding.graph.FoldingError: The plan folds the BatchNorm `bn`; the model has nothing of that name.
+    """
 
 
 @dataclass(slots=True)

@@ -63,7 +63,11 @@ class LayerKind:
         return "bias" in self.arguments
 
     def channels(self, module: nn.Module) -> tuple[int, int]:
-        """Numbers of input and of output channels of a module of this kind."""
+        """Numbers of input and of output channels of a module of this kind.
+
+        Args:
+            module: The module.
+        """
         if hasattr(module, self.in_channels) and hasattr(module, self.out_channels):
             return int(getattr(module, self.in_channels)), int(getattr(module, self.out_channels))
         weight = module.weight
@@ -72,7 +76,11 @@ class LayerKind:
         return (first, second) if self.transposed else (second, first)
 
     def groups(self, module: nn.Module) -> int:
-        """Number of groups of channels that do not see each other in a module of this kind; 0 if it does not tell."""
+        """Number of groups of channels that do not see each other in a module of this kind; 0 if it does not tell.
+
+        Args:
+            module: The module.
+        """
         if self.channel_axis == -1:
             return 1
         groups = getattr(module, "groups", 1)
@@ -136,7 +144,11 @@ class BatchNormKind:
         return issubclass(self.module, _BatchNorm)
 
     def statistics(self, module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-        """Mean and variance of each channel of a module, (C,); None where it keeps none."""
+        """Mean and variance of each channel of a module, (C,); None where it keeps none.
+
+        Args:
+            module: The module.
+        """
         return getattr(module, self.running_mean, None), getattr(module, self.running_var, None)
 
     def numbers(self, module: nn.Module, eps: float | None = None) -> Normalisation:
@@ -196,6 +208,21 @@ class Kinds:
     Attributes:
         layers: Further kinds of layers.
         batchnorms: Further kinds of BatchNorms.
+
+    Example:
+        >>> class Standardise(nn.Module):
+        ...     def __init__(self, size):
+        ...         super().__init__()
+        ...         self.register_buffer("mean", torch.randn(size))
+        ...         self.register_buffer("variance", torch.rand(size))
+        ...
+        ...     def forward(self, x):
+        ...         return (x - self.mean) / self.variance.sqrt()
+        >>> kinds = Kinds(batchnorms=(BatchNormKind(Standardise, "mean", "variance", channel_axis=-1),))
+        >>> from lit_bnfold.folding import fold_batchnorm
+        >>> model = nn.Sequential(nn.Linear(3, 5), Standardise(5))
+        >>> fold_batchnorm(model, (torch.randn(4, 3),), kinds=kinds)[1]
+        Identity()
     """
 
     layers: tuple[LayerKind, ...] = ()
@@ -215,7 +242,11 @@ class Kinds:
         return found
 
     def batchnorm(self, module: nn.Module | None) -> BatchNormKind | None:
-        """The kind of BatchNorm that a module is, foldable or not; None if it is none."""
+        """The kind of BatchNorm that a module is, foldable or not; None if it is none.
+
+        Args:
+            module: The module.
+        """
         if module is None or isinstance(module, Rest):
             return None
         if isinstance(module, torch.jit.ScriptModule):
@@ -228,7 +259,11 @@ class Kinds:
         return _FROZEN if _is_frozen_batchnorm(module) else None
 
     def only_normalises(self, module: nn.Module) -> bool:
-        """Whether a BatchNorm's forward does nothing besides: it is torch's own, or is compared with that."""
+        """Whether a BatchNorm's forward does nothing besides: it is torch's own, or is compared with that.
+
+        Args:
+            module: The module.
+        """
         kind = self.batchnorm(module)
         if kind is None or isinstance(module, torch.jit.ScriptModule):
             return False
@@ -236,7 +271,11 @@ class Kinds:
         return (is_torchs and "forward" not in vars(module)) or not kind.calls_batch_norm
 
     def num_features(self, module: nn.Module) -> int:
-        """Number of channels of a BatchNorm, 0 if it does not tell."""
+        """Number of channels of a BatchNorm, 0 if it does not tell.
+
+        Args:
+            module: The module.
+        """
         kind = self.batchnorm(module)
         mean = None if kind is None else kind.statistics(module)[0]
         return int(getattr(module, "num_features", 0 if mean is None else len(mean)))

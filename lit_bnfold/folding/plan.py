@@ -29,6 +29,10 @@ class Part:
         baked: Whether the layer computes its weight at every call, so that the weight of the moment is made a parameter
             before it takes anything.
         function: Name of the function that the layer calls, if it is a layer by that alone; None if its class tells.
+
+    Example:
+        >>> Part("fc", channels=(0, 1, 0, 1)).channels  # each channel of a BatchNorm(2) counts for two of the layer
+        (0, 1, 0, 1)
     """
 
     layer: str
@@ -49,6 +53,10 @@ class Fold:
             layer of the same input that it is added to.
         note: A warning, in a sentence, if its numbers cost many digits; else None.
         eps: What it adds to its variance, if only a run could tell; None where it is an attribute of the module.
+
+    Example:
+        >>> Fold("bn", (Part("left"), Part("right"))).layers
+        ('left', 'right')
     """
 
     batchnorm: str
@@ -71,6 +79,14 @@ class Kept:
         batchnorm: Name of the BatchNorm.
         reason: Why it stays, in a sentence.
         code: Why it stays, for programs.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lit_bnfold.folding import plan_folding
+        >>> [kept] = plan_folding(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()), (torch.randn(4, 3),)).kept
+        >>> kept.batchnorm, kept.code
+        ('0', 'no-layer')
     """
 
     batchnorm: str
@@ -85,6 +101,17 @@ class FoldingPlan:
     Attributes:
         folds: The BatchNorms that are folded, in the order in which they have to be.
         kept: The BatchNorms that stay.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lit_bnfold.folding import plan_folding
+        >>> model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU())
+        >>> plan = plan_folding(model, (torch.randn(4, 3),))
+        >>> [(fold.batchnorm, fold.layers) for fold in plan.folds]
+        [('1', ('0',))]
+        >>> plan.apply(model)[1]
+        Identity()
     """
 
     folds: tuple[Fold, ...] = ()

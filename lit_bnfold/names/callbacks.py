@@ -100,6 +100,9 @@ class CharacterEmbedding(Callback):
     """Shows the embedding of the characters in TensorBoard's projector when training ends, each under its letter.
 
     The projector draws points; its button with an A writes the letters.
+
+    Example:
+        >>> trainer = Trainer(accelerator="cpu", callbacks=[CharacterEmbedding()], logger=False)
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -191,7 +191,11 @@ class RandomBatches:
         }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Warn if a resumed run will not see the batches that it would have seen without the stop."""
+        """Warn if a resumed run will not see the batches that it would have seen without the stop.
+
+        Args:
+            state_dict: What ``state_dict`` gave for the run that was stopped.
+        """
         if state_dict != self.state_dict():
             rank_zero_warn(
                 f"The resumed run drew its batches with {state_dict} and goes on with {self.state_dict()}, so it will "
@@ -253,7 +257,7 @@ class NamesDataModule(LightningDataModule):
     is resumed from a checkpoint, wherever it was stopped, sees the batches it would have seen without the stop.
 
     Args:
-        words: Path of a UTF-8 file with one word per line; None takes the bundled names.txt, 32,033 names.
+        words: Path of a UTF-8 file with one word per line; by default the bundled names.txt, 32,033 names.
         block_size: Number of characters of a context.
         batch_size: Examples in a training batch of one process.
         seed: Seed of the shuffle before the split, and of the training batches.
@@ -313,6 +317,9 @@ class NamesDataModule(LightningDataModule):
     @staticmethod
     def of(trainer: Trainer) -> "NamesDataModule":
         """Return the data of a trainer.
+
+        Args:
+            trainer: A Trainer that is at work.
 
         Raises:
             TypeError: If it has none, or other data.

@@ -50,7 +50,12 @@ def evaluation_metrics(vocab_size: int, prefix: str) -> MetricCollection:
 
 
 def normal_linear(fan_in: int, fan_out: int) -> nn.Linear:
-    """Return a layer with weights (fan_out, fan_in) from N(0, 1 / fan_in) and biases (fan_out,) from N(0, 1)."""
+    """Return a layer with weights (fan_out, fan_in) from N(0, 1 / fan_in) and biases (fan_out,) from N(0, 1).
+
+    Args:
+        fan_in: Number of its inputs.
+        fan_out: Number of its outputs.
+    """
     linear = nn.Linear(fan_in, fan_out)
     nn.init.normal_(linear.weight, std=fan_in**-0.5)
     nn.init.normal_(linear.bias)

@@ -29,6 +29,10 @@ class Sampling:
     Raises:
         TypeError: If a number of something, or the seed, is not an int.
         ValueError: If a number makes no sense.
+
+    Example:
+        >>> Sampling(number=3, prefix="mar").encode_prefix({".": 0, "a": 1, "m": 2, "r": 3})
+        [2, 1, 3]
     """
 
     number: int = 20

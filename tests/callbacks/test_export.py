@@ -104,7 +104,7 @@ def fit(tmp_path: Path, module: nn.Module, folding: BatchNormFolding, **kwargs: 
 def export(tmp_path: Path, module: nn.Module, kind: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     assert isinstance(module, LightningModule)
     trainer, calls = quiet_trainer(tmp_path), [Call(args, kwargs)]
-    return export_files([kind], trainer, module.eval(), calls, tmp_path, 1e-5)[kind]
+    return export_files([kind], trainer, module.eval(), calls, tmp_path, 1e-5, lambda stage: None)[kind]
 
 
 def run_onnx(path: Path, *inputs: Tensor) -> list[Tensor]:
