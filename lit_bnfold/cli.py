@@ -128,6 +128,9 @@ class NamesCLI(LightningCLI):
             place = given.index(self.config.subcommand) + 1
             self.config = parser.parse_args([*given[:place], *_data_arguments(checkpoint), *given[place:]])
         self.config[self.config.subcommand].ckpt_path = path
+        # Lightning's default allows any code in a checkpoint that it loads from the net.
+        given_leave = self.config[self.config.subcommand].weights_only is False
+        self.config[self.config.subcommand].weights_only = not given_leave
 
     def before_instantiate_classes(self) -> None:
         """Set the number of threads before anything computes."""

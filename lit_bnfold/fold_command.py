@@ -147,6 +147,7 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights_only",
         type=_true_or_false,
+        default=True,
         help="`false` to read a checkpoint that holds more than tensors and plain values; it can run any code.",
     )
 
