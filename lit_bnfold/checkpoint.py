@@ -17,9 +17,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from pathlib import Path
+from pickle import UnpicklingError
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
@@ -54,6 +57,9 @@ _SHARDED_REST = "meta.pt"
 
 # Every checkpoint of Lightning says with which version it was written.
 _VERSION = "pytorch-lightning_version"
+
+# Characters of an error of Lightning or torch.
+_MOST_SAID = 200
 
 _ANOTHER_COPY = "Take another copy of the file, or write it anew."
 
@@ -338,7 +344,7 @@ def _kind_of(file: Path) -> str:
     return f"one that is cut off or damaged. {_ANOTHER_COPY[:-1]}" if begins == b"PK\3\4" else "another kind of file"
 
 
-def _holds_more(path: str | Path) -> str:
+def _holds_more(path: object) -> str:
     return (
         f"The checkpoint {path} holds more than tensors and plain values, which can run any code when it is read. If "
         "you trust it, allow that: `lit-bnfold fold` takes `--weights_only false`, `load_folded` and "
@@ -385,12 +391,23 @@ def naming_the_checkpoint(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, TypeError, ValueError):
+    # A TypeError tells of arguments that the class wants.
+    except TypeError:
         raise
     except Exception as error:
-        if isinstance(error, FoldingError) or "Error(s) in loading state_dict" in str(error):
+        if explains_itself(error):
             raise
         raise ValueError(cannot_be_loaded(path, error)) from error
+
+
+def explains_itself(error: BaseException) -> bool:
+    """Whether an error that ended the loading of a checkpoint says what is wrong with it.
+
+    Args:
+        error: The error.
+    """
+    known = isinstance(error, (FoldingError, MisconfigurationException, OSError, ValueError))
+    return known or "Error(s) in loading state_dict" in str(error)
 
 
 def cannot_be_loaded(path: object, error: BaseException) -> str:
@@ -400,7 +417,9 @@ def cannot_be_loaded(path: object, error: BaseException) -> str:
         path: The checkpoint.
         error: What loading it ended with.
     """
-    said = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:")
+    if isinstance(error, UnpicklingError) and "weights_only" in str(error):
+        return _holds_more(path)
+    said = shorten(f"{type(error).__name__}: {error}", _MOST_SAID, placeholder=" ...").rstrip(".: ")
     return f"{path} cannot be loaded ({said}): it is not what a Trainer saves of this module. {_ANOTHER_COPY}"
 
 
@@ -446,8 +465,6 @@ def _weights_of_shards(path: Path, weights_only: bool) -> dict[str, Any]:
         raise
     # A damaged directory can end the reading in any way.
     except Exception as error:
-        if "weights_only" in str(error):
-            raise ValueError(_holds_more(path)) from error
         raise ValueError(cannot_be_loaded(path, error)) from error
 
 

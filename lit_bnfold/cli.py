@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_bnfold.callbacks import BatchNormFolding, HistogramMonitor, UpdateRatioMonitor
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
 from lit_bnfold.callbacks.monitor import skip_idle_hooks
+from lit_bnfold.callbacks.restoring import Restoring
 from lit_bnfold.callbacks.speed import SpeedMonitor
 from lit_bnfold.checkpoint import read_checkpoint
 from lit_bnfold.fold_command import SUMMARY, find_last_checkpoint, fold
@@ -156,7 +157,7 @@ class NamesCLI(LightningCLI):
             callbacks.append(TQDMProgressBar(refresh_rate=_BAR_REFRESH_STEPS))
         if self.subcommand in ("fit", "predict"):
             callbacks += [SampledNames(self.config_init[self.subcommand].names), CharacterEmbedding()]
-        kwargs["callbacks"] = callbacks
+        kwargs["callbacks"] = [*callbacks, Restoring()]
         if self.subcommand != "fit" and config.logger is None:
             # There would be nothing in its directory.
             kwargs["logger"] = False

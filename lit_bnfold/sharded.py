@@ -21,12 +21,17 @@ from torch.distributed.checkpoint.state_dict_loader import load
 INDEX = ".metadata"
 """The file in the directory that says which tensor is in which of the others."""
 
+_DTYPES = {str(each).removeprefix("torch.") for each in vars(torch).values() if type(each) is torch.dtype}
+
 # What torch puts into an index, by the name of its module.
 _PARTS = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},  # as Python 3.13 calls them
-    "torch": {"Size", *(str(each).removeprefix("torch.") for each in vars(torch).values() if type(each) is torch.dtype)},
+    "torch": {
+        "Size",
+        *(str(each).removeprefix("torch.") for each in vars(torch).values() if type(each) is torch.dtype),
+    },
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {

@@ -25,6 +25,7 @@ from lit_bnfold.callbacks.inference import Inference, eval_copy, measure_inferen
 from lit_bnfold.callbacks.proof import GraphWitness, LayerWitness, Witness, output_error
 from lit_bnfold.callbacks.reestimation import Reestimation
 from lit_bnfold.callbacks.report import Report, make_report, print_report, scalars, write_report
+from lit_bnfold.callbacks.restoring import Restoring
 from lit_bnfold.callbacks.tensorboard import show_in_tensorboard
 from lit_bnfold.callbacks.validation import ValidationRun, first_training_batch, run_validation
 from lit_bnfold.checkpoint import (
@@ -255,7 +256,7 @@ class BatchNormFolding(Callback):
 
         def validate(callbacks: Sequence[Callback]) -> ValidationRun:
             nonlocal is_loaded
-            trainer.callbacks = [*others, *callbacks]  # type: ignore[attr-defined]
+            trainer.callbacks = [*others, *callbacks, Restoring()]  # type: ignore[attr-defined]
             kwargs: dict[str, Any] = {"datamodule": datamodule, "verbose": False}
             try:
                 # Both versions draw the same random numbers.
