@@ -83,7 +83,8 @@ class _CarefulLoad:
             if isinstance(checkpoint_path, (str, Path)) and Path(checkpoint_path).is_file():
                 check_is_undamaged(Path(checkpoint_path))
             careful = weights_only is not False
-            return load(checkpoint_path, map_location, hparams_file, strict, weights_only=careful, **kwargs)
+            with naming_the_checkpoint(checkpoint_path):
+                return load(checkpoint_path, map_location, hparams_file, strict, weights_only=careful, **kwargs)
 
         return load_from_checkpoint
 
@@ -380,7 +381,7 @@ def _not_of_lightning(path: Path, key: str, expected: str, found: Any) -> str:
 
 
 @contextmanager
-def naming_the_checkpoint(path: str | Path) -> Iterator[None]:
+def naming_the_checkpoint(path: object) -> Iterator[None]:
     """Say of which file an error is that Lightning runs into when it loads what no Trainer has written.
 
     Args:
