@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
@@ -32,7 +31,7 @@ from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 from lit_bnfold.names.sampling import Sampling
-from lit_bnfold.parser import OneSentenceParser, read_config
+from lit_bnfold.parser import OneSentenceParser, read_config, use_threads
 
 # Drawing the bar costs as much as a training step of the small network.
 _BAR_REFRESH_STEPS = 200
@@ -135,14 +134,15 @@ class NamesCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Set the number of threads before anything computes."""
-        torch.set_num_threads(self.config[self.subcommand].num_threads)
+        use_threads(self.config[self.subcommand].num_threads)
 
     def instantiate_classes(self) -> None:
         """Make everything, and say in one sentence what is wrong with an argument."""
         try:
             super().instantiate_classes()
-        except (OSError, TypeError, ValueError) as error:
-            _leave(error)
+        except (ArithmeticError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+            # Of a layer that no memory holds, torch tells a long story behind the first line.
+            _leave(str(error).split("\n")[0])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with a progress bar that is drawn now and then."""
@@ -270,5 +270,5 @@ def _warnings_only() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _leave(error: Exception) -> NoReturn:
+def _leave(error: Exception | str) -> NoReturn:
     sys.exit(f"lit-bnfold: {error}")
