@@ -297,10 +297,10 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
     _check_layout(path)
     file = path / _SHARDED_REST if path.is_dir() else path
     check_is_undamaged(file)
+    with file.open("rb"):
+        pass  # If the system does not let it be read, it says why.
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(file))
-    except OSError:
-        raise
     # A file of another kind can end the reading in any way.
     except Exception as error:
         if zipfile.is_zipfile(file) and "weights_only" in str(error):
@@ -407,7 +407,11 @@ def explains_itself(error: BaseException) -> bool:
     Args:
         error: The error.
     """
-    known = isinstance(error, (FoldingError, MisconfigurationException, OSError, ValueError))
+    if isinstance(error, OSError):
+        # One of the system names the file, and torch's word for a damaged file does not.
+        return error.filename is not None or isinstance(error, FileNotFoundError)
+    # What is derived from a ValueError tells of a text or a version that is none, and not where it is.
+    known = type(error) is ValueError or isinstance(error, (FoldingError, MisconfigurationException))
     return known or "Error(s) in loading state_dict" in str(error)
 
 
@@ -462,8 +466,6 @@ def _weights_of_shards(path: Path, weights_only: bool) -> dict[str, Any]:
 
     try:
         return read_shards(path, weights_only)
-    except OSError:
-        raise
     # A damaged directory can end the reading in any way.
     except Exception as error:
         raise ValueError(cannot_be_loaded(path, error)) from error

@@ -76,9 +76,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"Expected a configuration in {path}, which is two or three levels deep, got more.") from error
     if too_large:
-        raise ValueError(
-            f"Expected a configuration in {path}, got more than {_MOST_VALUES:,} values; look at its aliases."
-        )
+        raise ValueError(f"Expected a configuration in {path}, got over {_MOST_VALUES:,} values; look at its aliases.")
     if not isinstance(config, dict):
         raise ValueError(f"Expected a configuration with `model` and `data` in {path}, got {type(config).__name__}.")
     return config

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import math
 import re
 import signal
 import warnings
@@ -41,7 +40,7 @@ EVERYTHING = {"deadline": None, "database": None, "suppress_health_check": list(
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.logger=false"]
 
 # Seconds after which something is taken to run forever.
-FOREVER = 120
+FOREVER = 60
 
 
 @contextmanager
@@ -133,7 +132,7 @@ def lines_of(content: bytes) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(3_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [60, pytest.param(3_000, marks=pytest.mark.long)])
 def test_any_words_file_is_read_as_it_is_or_refused_with_its_line(count: int, tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
 
@@ -163,7 +162,7 @@ def test_any_words_file_is_read_as_it_is_or_refused_with_its_line(count: int, tm
     run_cases(case, words_files(), count, b"", b"\xef\xbb\xbf", b"a\n\xed\xa0\x80\n", b"..", b"\0\n" * 30)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [1, pytest.param(200, marks=pytest.mark.long)])
 def test_any_words_file_is_trained_on_or_refused(count: int, tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
 
@@ -178,7 +177,7 @@ def test_any_words_file_is_trained_on_or_refused(count: int, tmp_path: Path) -> 
     run_cases(case, words_files(), count, b"\0\n" * 30)
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [1, pytest.param(300, marks=pytest.mark.long)])
 def test_any_words_file_is_predicted_with_or_refused(count: int, saved: Any, tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
 
@@ -300,7 +299,7 @@ def without_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_fit")
-@pytest.mark.parametrize("count", [15, pytest.param(1_500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [6, pytest.param(1_500, marks=pytest.mark.long)])
 def test_any_configuration_is_taken_or_refused_in_a_sentence(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,7 +360,7 @@ def loaded(read: Callable[[], Any], path: Path) -> Any:
         return None
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1_700, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [25, pytest.param(1_700, marks=pytest.mark.long)])
 def test_a_damaged_checkpoint_is_refused_or_loads_as_it_was(count: int, saved: Any, tmp_path: Path) -> None:
     """Damage to what nobody reads, such as the padding between two parts, does not matter."""
     path = tmp_path / "damaged.ckpt"
@@ -420,7 +419,7 @@ def write(checkpoint: Any, path: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1_300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [15, pytest.param(1_300, marks=pytest.mark.long)])
 def test_a_checkpoint_of_other_content_is_refused_or_is_another_checkpoint(
     count: int, saved: Any, tmp_path: Path
 ) -> None:
@@ -454,7 +453,7 @@ def test_a_checkpoint_of_other_content_is_refused_or_is_another_checkpoint(
     )
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [2, pytest.param(500, marks=pytest.mark.long)])
 def test_commands_name_what_is_wrong_with_a_checkpoint(count: int, saved: Any, tmp_path: Path) -> None:
     path = tmp_path / "changed.ckpt"
     files = {name: getattr(saved, name) for name in ("last", "folded")}
@@ -498,7 +497,16 @@ JSON = st.recursive(
 )
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1_500, marks=pytest.mark.long)])
+def is_within(one: Any, other: Any) -> bool:
+    """Whether nothing of a tree is missing in another, or another thing there."""
+    if isinstance(one, dict):
+        return all(key in other and is_within(inner, other[key]) for key, inner in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(is_within, one, other))
+    return bool(one == other) and isinstance(one, bool) is isinstance(other, bool)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1_500, marks=pytest.mark.long)])
 def test_any_manifest_is_a_plan_or_refused_with_the_place(count: int) -> None:
     manifest = PLAN.to_dict()
     changes = st.tuples(st.sampled_from([*places(manifest)]), st.tuples(st.sampled_from(["replace", "delete"]), JSON))
@@ -511,20 +519,15 @@ def test_any_manifest_is_a_plan_or_refused_with_the_place(count: int) -> None:
         except FoldingError as error:
             assert re.match(
                 r"Expected a folding plan of version 1, got version .*\.$|"
-                r"Expected a dict as `FoldingPlan.to_dict` gives it; (the plan|folds|kept)[\w.\[\]]*: expected .*, found",
+                r"Expected a dict as `FoldingPlan.to_dict` gives it; (the plan|folds|kept)[\w.\[\]]*: expected .*, fou",
                 str(error),
                 flags=re.DOTALL,
             )
             assert len(str(error)) < 400
             return
         # What it takes, it understands: nothing that was given is left out, and nothing is made of another type.
-        again = plan.to_dict()
-        assert all(math.isfinite(part.shift) for fold in plan.folds for part in fold.parts)
-        assert FoldingPlan.from_dict(json.loads(json.dumps(again))) == plan
-        assert given.keys() <= again.keys()
-        for key in ("folds", "kept"):
-            for ours, theirs in zip(again[key], given[key], strict=True):
-                assert theirs.items() <= ours.items() or {**ours, **theirs} == ours
+        assert FoldingPlan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))) == plan
+        assert is_within(given, plan.to_dict())
 
     examples = [
         (("folds", 1, "eps"), ("replace", 10**400)),
