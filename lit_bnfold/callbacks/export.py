@@ -215,6 +215,7 @@ def _export(
         raise FoldingError("the folded module cannot be copied")
     if not calls:
         raise FoldingError("validation does not call the module itself, and it has no `example_input_array`")
+    _check_names(folded)
     module = folded if folded.device.type == "cpu" else copy_model(folded).cpu()
     # At least two, since torch takes an axis of length 1 for one that never varies.
     call = calls[0].of_size(min(max(calls[0].batch_size, 2), _MOST_ROWS))
@@ -224,6 +225,15 @@ def _export(
         write(module, call, call.dynamic_shapes(module), part)
         answers = run(part, [check.call for check in checks])
     return _error(checks, answers, tolerance)
+
+
+def _check_names(module: torch.nn.Module) -> None:
+    """Refuse names that end a string in Python: torch writes a program in it, with the names between quotes."""
+    for name in (*dict(module.named_modules()), *module.state_dict()):
+        if '"' in name or "\\" in name or any(ord(each) < ord(" ") for each in name):
+            raise FoldingError(
+                f"the name of `{ascii(name)[1:-1]}` has quotes or line breaks, which torch takes for code"
+            )
 
 
 class _Check(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lit_bnfold.callbacks.export import Call, quietly, reason_of
 from lit_bnfold.callbacks.inference import obstacle_to_running, runnable_copy, undisturbed
-from lit_bnfold.callbacks.report import Report
+from lit_bnfold.callbacks.report import Report, printable
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.folding.algebra import scale_and_shift
 from lit_bnfold.folding.kinds import KINDS
@@ -162,8 +162,9 @@ def _add_histograms(writer: SummaryWriter, report: Report, original: nn.Module |
         kind = KINDS.batchnorm(batchnorm)
         assert kind is not None
         scale, shift = scale_and_shift(*kind.numbers(batchnorm))
-        _add_histogram(writer, f"{_NAME}/scale/{fold['batchnorm']}", scale, step)
-        _add_histogram(writer, f"{_NAME}/shift/{fold['batchnorm']}", shift, step)
+        name = printable(fold["batchnorm"])
+        _add_histogram(writer, f"{_NAME}/scale/{name}", scale, step)
+        _add_histogram(writer, f"{_NAME}/shift/{name}", shift, step)
 
 
 def _add_histogram(writer: SummaryWriter, tag: str, values: Tensor, step: int) -> None:
@@ -214,4 +215,4 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, whatever is in it."""
-    return _MARKS.sub(r"\\\1", html.escape(" ".join(text.split())))
+    return _MARKS.sub(r"\\\1", html.escape(printable(" ".join(text.split()))))
