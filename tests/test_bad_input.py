@@ -31,7 +31,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lit_bnfold import BatchNormMLP, FoldingError, NamesDataModule, load_folded
-from lit_bnfold.checkpoint import MANIFEST, read_checkpoint
+from lit_bnfold.checkpoint import MANIFEST, SIGNPOST, read_checkpoint
 from lit_bnfold.cli import NamesCLI, main
 from lit_bnfold.folding import Fold, FoldingPlan, Kept, Part
 from lit_bnfold.names.data import END
@@ -61,7 +61,7 @@ def ending() -> Iterator[None]:
 
 def run_cases(test: Callable[[Any], None], cases: st.SearchStrategy[Any], count: int, *examples: Any) -> None:
     """Run a test on so many cases, and before that on those that once went wrong."""
-    is_short = count < 200
+    is_short = count <= 60
 
     @settings(max_examples=count, derandomize=is_short, **EVERYTHING)
     @given(cases)
@@ -132,7 +132,7 @@ def lines_of(content: bytes) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(3_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [60, pytest.param(4_080, marks=pytest.mark.long)])
 def test_any_words_file_is_read_as_it_is_or_refused_with_its_line(count: int, tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
 
@@ -162,7 +162,7 @@ def test_any_words_file_is_read_as_it_is_or_refused_with_its_line(count: int, tm
     run_cases(case, words_files(), count, b"", b"\xef\xbb\xbf", b"a\n\xed\xa0\x80\n", b"..", b"\0\n" * 30)
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [1, pytest.param(70, marks=pytest.mark.long)])
 def test_any_words_file_is_trained_on_or_refused(count: int, tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
 
@@ -177,7 +177,7 @@ def test_any_words_file_is_trained_on_or_refused(count: int, tmp_path: Path) -> 
     run_cases(case, words_files(), count, b"\0\n" * 30)
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [1, pytest.param(80, marks=pytest.mark.long)])
 def test_any_words_file_is_predicted_with_or_refused(count: int, saved: Any, tmp_path: Path) -> None:
     path = tmp_path / "words.txt"
 
@@ -299,7 +299,7 @@ def without_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_fit")
-@pytest.mark.parametrize("count", [6, pytest.param(1_500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [6, pytest.param(350, marks=pytest.mark.long)])
 def test_any_configuration_is_taken_or_refused_in_a_sentence(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,7 +419,7 @@ def write(checkpoint: Any, path: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("count", [15, pytest.param(1_300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [15, pytest.param(1_100, marks=pytest.mark.long)])
 def test_a_checkpoint_of_other_content_is_refused_or_is_another_checkpoint(
     count: int, saved: Any, tmp_path: Path
 ) -> None:
@@ -436,7 +436,8 @@ def test_a_checkpoint_of_other_content_is_refused_or_is_another_checkpoint(
             module = loaded(way, path)
             if module is not None and place[0] not in ("state_dict", "hyper_parameters"):
                 assert torch.equal(outputs_of(module), expected) or place == (MANIFEST,)
-            if module is not None and place[0] == "state_dict" and len(place) == 2 and drawn[1][0] == "replace":
+            is_weight = place[0] == "state_dict" and len(place) == 2 and place[1] != SIGNPOST
+            if module is not None and is_weight and drawn[1][0] == "replace":
                 assert isinstance(drawn[1][1], Tensor)
                 assert drawn[1][1].is_floating_point() or checkpoint["state_dict"][place[1]].numel() == 0
 
@@ -453,7 +454,7 @@ def test_a_checkpoint_of_other_content_is_refused_or_is_another_checkpoint(
     )
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [2, pytest.param(120, marks=pytest.mark.long)])
 def test_commands_name_what_is_wrong_with_a_checkpoint(count: int, saved: Any, tmp_path: Path) -> None:
     path = tmp_path / "changed.ckpt"
     files = {name: getattr(saved, name) for name in ("last", "folded")}
@@ -506,7 +507,7 @@ def is_within(one: Any, other: Any) -> bool:
     return bool(one == other) and isinstance(one, bool) is isinstance(other, bool)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1_500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [60, pytest.param(2_500, marks=pytest.mark.long)])
 def test_any_manifest_is_a_plan_or_refused_with_the_place(count: int) -> None:
     manifest = PLAN.to_dict()
     changes = st.tuples(st.sampled_from([*places(manifest)]), st.tuples(st.sampled_from(["replace", "delete"]), JSON))
