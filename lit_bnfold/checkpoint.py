@@ -8,17 +8,21 @@ One more key in the state dict is there for whoever loads the file in the ordina
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import types
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from pickle import UnpicklingError
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
@@ -51,6 +55,39 @@ SHARDED_STRATEGIES = {
 # They write a directory: the tensors in the format of torch, all the rest in this file.
 _SHARDED_REST = "meta.pt"
 
+# Every checkpoint of Lightning says with which version it was written.
+_VERSION = "pytorch-lightning_version"
+
+# Characters of an error of Lightning or torch.
+_MOST_SAID = 200
+
+_ANOTHER_COPY = "Take another copy of the file, or write it anew."
+
+
+class _CarefulLoad:
+    """Lightning's ``load_from_checkpoint``, after a look at the file, and without running code that lies in it."""
+
+    def __get__(self, instance: Any, owner: type[Any]) -> Callable[..., Any]:
+        # Lightning refuses to be called on an instance, and says so when it is.
+        load = super(FoldedLoading, owner if instance is None else instance).load_from_checkpoint  # type: ignore[misc]
+
+        @wraps(load)
+        def load_from_checkpoint(
+            checkpoint_path: Any,
+            map_location: Any = None,
+            hparams_file: Any = None,
+            strict: bool | None = None,
+            weights_only: bool | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            if isinstance(checkpoint_path, (str, Path)) and Path(checkpoint_path).is_file():
+                check_is_undamaged(Path(checkpoint_path))
+            careful = weights_only is not False
+            with naming_the_checkpoint(checkpoint_path):
+                return load(checkpoint_path, map_location, hparams_file, strict, weights_only=careful, **kwargs)
+
+        return load_from_checkpoint
+
 
 class FoldedLoading:
     """Mixin for LightningModules: ``load_from_checkpoint`` and ``ckpt_path`` take folded checkpoints as well.
@@ -59,6 +96,8 @@ class FoldedLoading:
         >>> class Network(FoldedLoading, LightningModule):
         ...     pass
     """
+
+    load_from_checkpoint: Any = _CarefulLoad()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give this module the structure of the checkpoint, if that is folded.
@@ -81,7 +120,8 @@ def load_folded(model_class: type[_Module], path: str | Path, **kwargs: Any) -> 
         model_class: The class that was trained.
         path: A ``folded.ckpt``.
         **kwargs: What ``model_class.load_from_checkpoint`` takes: ``map_location``, and arguments of the class that the
-            checkpoint does not hold.
+            checkpoint does not hold. With ``weights_only=False`` a file that you trust may hold any objects; reading
+            it can run any code.
 
     Returns:
         The folded module, in eval mode.
@@ -89,6 +129,8 @@ def load_folded(model_class: type[_Module], path: str | Path, **kwargs: Any) -> 
     Raises:
         FileNotFoundError: If there is no such file.
         FoldingError: If the checkpoint is not folded, or its plan does not fit the class.
+        RuntimeError: If its weights do not fit the class.
+        ValueError: If the file is damaged, no checkpoint of Lightning, or holds more than tensors and plain values.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -108,12 +150,13 @@ def load_folded(model_class: type[_Module], path: str | Path, **kwargs: Any) -> 
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected a folded checkpoint at {path}, found no file.")
 
-    checkpoint = read_checkpoint(Path(path), kwargs.get("weights_only"))
+    weights_only = kwargs.pop("weights_only", None) is not False
+    checkpoint = read_checkpoint(Path(path), weights_only)
     if MANIFEST not in checkpoint:
         raise FoldingError(f"{path} is not folded; {model_class.__name__}.load_from_checkpoint loads it.")
     # Lightning's own load does everything by its rules and by those of the class; it only meets another structure.
-    with _taking_folded({model_class, _class_in(checkpoint, model_class)}):
-        module: _Module = model_class.load_from_checkpoint(path, **kwargs)
+    with _taking_folded({model_class, _class_in(checkpoint, model_class)}), naming_the_checkpoint(path):
+        module: _Module = model_class.load_from_checkpoint(path, weights_only=weights_only, **kwargs)
     if not isinstance(module, FoldedLoading):
         take_folded(module)
     return module.eval()
@@ -232,7 +275,7 @@ def progress_of_training(pl_module: LightningModule) -> Iterator[dict[str, Any]]
         undo()
 
 
-def read_training(path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+def read_training(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
     """Read what an unfolded checkpoint says of its training: the hyperparameters, the step, and so on.
 
     Args:
@@ -252,41 +295,156 @@ def read_training(path: str | Path, weights_only: bool | None = None) -> dict[st
     return checkpoint
 
 
-def read_checkpoint(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
+def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
     """Read what a checkpoint says, whether it is folded or not.
 
     Args:
         path: A checkpoint of Lightning, a file or the directory of a sharded strategy.
-        weights_only: Whether to read nothing but tensors and plain values; None as for ``torch.load``.
+        weights_only: Whether to read nothing but tensors and plain values; anything else can run code when it is read.
 
     Returns:
         The checkpoint. A directory's comes without the weights; a file's weights stay on the disk until they are used.
 
     Raises:
         FileNotFoundError: If there is nothing at ``path``.
-        ValueError: If it is no checkpoint of Lightning, or holds more than ``weights_only`` allows.
+        ValueError: If it is damaged, no checkpoint of Lightning, or holds more than ``weights_only`` allows.
     """
     _check_layout(path)
     file = path / _SHARDED_REST if path.is_dir() else path
+    check_is_undamaged(file)
+    with file.open("rb"):
+        pass  # If the system does not let it be read, it says why.
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(file))
-    except OSError:
-        raise
-    # A file of another kind, or a damaged one, can end the reading in any way.
+    # A file of another kind can end the reading in any way.
     except Exception as error:
         if zipfile.is_zipfile(file) and "weights_only" in str(error):
-            raise ValueError(
-                f"The checkpoint {path} holds more than tensors and plain values; if you trust it, read it with "
-                "weights_only=False (`--weights_only false`)."
-            ) from error
-        raise ValueError(f"Expected a checkpoint of Lightning at {path}, found another kind of file.") from error
-    if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
-        raise ValueError(f"Expected a checkpoint of Lightning at {path}, found another kind of file.")
+            raise ValueError(_holds_more(path)) from error
+        raise ValueError(f"Expected a checkpoint of Lightning at {path}, found {_kind_of(file)}.") from error
+    _check_content(checkpoint, path)
     return checkpoint
 
 
+def check_is_undamaged(file: Path) -> None:
+    """Compare each part of a file with its checksum, which torch writes and does not read.
+
+    At 2 GB a second that takes less time than loading; a bit that is another one in a weight shows in no other way.
+
+    Args:
+        file: A file that ``torch.save`` wrote. Of one of another format, or one that was written without checksums
+            (``torch.serialization.set_crc32_options(False)``), nothing is known.
+
+    Raises:
+        ValueError: If a part is not what was written.
+    """
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as parts:
+            # Without checksums, torch writes zeros.
+            damaged = parts.testzip() if any(part.CRC for part in parts.infolist()) else None
+    # Damage to what says where the parts are can end the reading in any way.
+    except Exception as error:
+        raise ValueError(f"{file} is damaged: {error}. {_ANOTHER_COPY}") from error
+    if damaged is not None:
+        raise ValueError(f"{file} is damaged: {damaged} in it is not what was written. {_ANOTHER_COPY}")
+
+
+def _kind_of(file: Path) -> str:
+    """What a file is that is no checkpoint, in words."""
+    with file.open("rb") as opened:
+        begins = opened.read(4)
+    if not begins:
+        return "an empty file"
+    # Where the parts of such a file are, its end says.
+    return f"one that is cut off or damaged. {_ANOTHER_COPY[:-1]}" if begins == b"PK\3\4" else "another kind of file"
+
+
+def _holds_more(path: object) -> str:
+    return (
+        f"The checkpoint {path} holds more than tensors and plain values, which can run any code when it is read. If "
+        "you trust it, allow that: `lit-bnfold fold` takes `--weights_only false`, `load_folded` and "
+        "`fold_checkpoint` take weights_only=False."
+    )
+
+
+def _check_content(checkpoint: Any, path: Path) -> None:
+    """Make sure that what everything else relies on is of the types that Lightning writes.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    version = checkpoint.get(_VERSION) if isinstance(checkpoint, dict) else None
+    if not isinstance(version, str) or not re.match(r"\d+\.\d+", version):
+        raise ValueError(f"Expected a checkpoint of Lightning at {path}, found another kind of file.")
+    for key in ("state_dict", "hyper_parameters", "datamodule_hyper_parameters"):
+        found = checkpoint.get(key, {})
+        if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+            raise ValueError(_not_of_lightning(path, key, "a dict whose keys are names", found))
+        for name in ("_class_path", "_instantiator"):
+            if not isinstance(found.get(name, ""), str):
+                raise ValueError(_not_of_lightning(path, f"{key}.{name}", "a name", found[name]))
+    if "state_dict" not in checkpoint and path.is_file():
+        raise ValueError(_not_of_lightning(path, "state_dict", "the weights", None))
+    for key in ("hparams_name", "datamodule_hparams_name"):
+        if not isinstance(checkpoint.get(key), (str, type(None))):
+            raise ValueError(_not_of_lightning(path, key, "a name", checkpoint[key]))
+
+
+def _not_of_lightning(path: Path, key: str, expected: str, found: Any) -> str:
+    return f"{path}, `{key}`: expected {expected}, found {type(found).__name__}; save it with a Trainer."
+
+
 @contextmanager
-def one_file(path: str | Path, weights_only: bool | None = None) -> Iterator[str]:
+def naming_the_checkpoint(path: object) -> Iterator[None]:
+    """Say of which file an error is that Lightning runs into when it loads what no Trainer has written.
+
+    Args:
+        path: The checkpoint.
+
+    Raises:
+        ValueError: In place of an error that says nothing by itself, such as a KeyError.
+    """
+    try:
+        yield
+    # A TypeError tells of arguments that the class wants.
+    except TypeError:
+        raise
+    except Exception as error:
+        if explains_itself(error):
+            raise
+        raise ValueError(cannot_be_loaded(path, error)) from error
+
+
+def explains_itself(error: BaseException) -> bool:
+    """Whether an error that ended the loading of a checkpoint says what is wrong with it.
+
+    Args:
+        error: The error.
+    """
+    if isinstance(error, OSError):
+        # One of the system names the file, and torch's word for a damaged file does not.
+        return error.filename is not None or isinstance(error, FileNotFoundError)
+    # What is derived from a ValueError tells of a text or a version that is none, and not where it is.
+    known = type(error) is ValueError or isinstance(error, (FoldingError, MisconfigurationException))
+    return known or "Error(s) in loading state_dict" in str(error)
+
+
+def cannot_be_loaded(path: object, error: BaseException) -> str:
+    """A sentence about a checkpoint that Lightning cannot load.
+
+    Args:
+        path: The checkpoint.
+        error: What loading it ended with.
+    """
+    if isinstance(error, UnpicklingError) and "weights_only" in str(error):
+        return _holds_more(path)
+    said = shorten(f"{type(error).__name__}: {error}", _MOST_SAID, placeholder=" ...").rstrip(".: ")
+    return f"{path} cannot be loaded ({said}): it is not what a Trainer saves of this module. {_ANOTHER_COPY}"
+
+
+@contextmanager
+def one_file(path: str | Path, weights_only: bool = True) -> Iterator[str]:
     """Give a checkpoint as one file, which Lightning can load in one process.
 
     Lightning's own command (``python -m lightning.pytorch.utilities.consolidate_checkpoint``) does this for FSDP, and
@@ -294,30 +452,38 @@ def one_file(path: str | Path, weights_only: bool | None = None) -> Iterator[str
 
     Args:
         path: A checkpoint; for the directory of a sharded strategy a file is made for as long as the context lasts.
-        weights_only: Whether to read nothing but tensors and plain values; None as for ``torch.load``.
+        weights_only: Whether to read nothing but tensors and plain values.
 
     Yields:
         The path of the file.
+
+    Raises:
+        ValueError: If a file is damaged, or holds more than ``weights_only`` allows.
     """
     if not Path(path).is_dir():
+        # Lightning says itself what is wrong with a path.
+        if Path(path).is_file():
+            check_is_undamaged(Path(path))
         yield str(path)
         return
-    # Nobody else has to wait for it to load.
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
     rest = read_training(path, weights_only)
+    state = _weights_of_shards(Path(path), weights_only)
     with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "consolidated.ckpt"
-        dcp_to_torch_save(path, file)
-        # This process has just written it.
-        tensors = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
-        # FSDP calls it by one name, ModelParallel by the other. What the optimizers hold is of no use here.
-        state = tensors["model"] if "model" in tensors else tensors["state_dict"]
         whole = Path(directory) / "whole.ckpt"
         torch.save({**rest, "state_dict": state}, whole)
-        del tensors, state
-        file.unlink()
+        del state
         yield str(whole)
+
+
+def _weights_of_shards(path: Path, weights_only: bool) -> dict[str, Any]:
+    # Nobody else has to wait for it to load.
+    from lit_bnfold.sharded import read_shards
+
+    try:
+        return read_shards(path, weights_only)
+    # A damaged directory can end the reading in any way.
+    except Exception as error:
+        raise ValueError(cannot_be_loaded(path, error)) from error
 
 
 def _check_layout(path: Path) -> None:
@@ -427,11 +593,40 @@ def _take_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
             "Training cannot go on from a folded checkpoint: its BatchNorms are gone. Go on from the checkpoint that "
             "was folded."
         )
+    path = _being_loaded(module)
+    if path is not None:
+        check_is_undamaged(path)
     checkpoint["state_dict"].pop(SIGNPOST, None)
     plan = FoldingPlan.from_dict(checkpoint[MANIFEST])
     if not _is_folded(module, plan):
         fold_structure(plan, module)
         _add_to_hook(module, "on_save_checkpoint", partial(_add_manifest, plan))
+    _check_dtypes(module, checkpoint["state_dict"])
+
+
+def _being_loaded(module: Any) -> Path | None:
+    """The file that the Trainer of a module is loading; None if it is no file, or there is no Trainer."""
+    # A module without a Trainer raises when it is asked for it.
+    with suppress(RuntimeError):
+        path = module.trainer.ckpt_path
+        return Path(path) if path is not None and Path(path).is_file() else None
+    return None
+
+
+def _check_dtypes(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Make sure that no weight would be cut to integers, or made of some: torch converts without a word."""
+    for name, own in module.state_dict().items():
+        saved = state.get(name)
+        # Extra state may be anything.
+        if isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor) and _kind(own) != _kind(saved):
+            raise FoldingError(
+                f"The checkpoint has `{name}` in {saved.dtype}, and the module has it in {own.dtype}; fold the "
+                "checkpoint that it was made of again."
+            )
+
+
+def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
 
 
 def _is_being_fitted(module: Any) -> bool:

@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
@@ -23,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_bnfold.callbacks import BatchNormFolding, HistogramMonitor, UpdateRatioMonitor
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
 from lit_bnfold.callbacks.monitor import skip_idle_hooks
+from lit_bnfold.callbacks.restoring import Restoring
 from lit_bnfold.callbacks.speed import SpeedMonitor
 from lit_bnfold.checkpoint import read_checkpoint
 from lit_bnfold.fold_command import SUMMARY, find_last_checkpoint, fold
@@ -31,7 +31,7 @@ from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 from lit_bnfold.names.sampling import Sampling
-from lit_bnfold.parser import OneSentenceParser, arrange_help, read_config
+from lit_bnfold.parser import OneSentenceParser, arrange_help, read_config, use_threads
 
 # Drawing the bar costs as much as a training step of the small network.
 _BAR_REFRESH_STEPS = 200
@@ -164,17 +164,21 @@ class NamesCLI(LightningCLI):
             place = given.index(self.config.subcommand) + 1
             self.config = parser.parse_args([*given[:place], *_data_arguments(checkpoint), *given[place:]])
         self.config[self.config.subcommand].ckpt_path = path
+        # Lightning's default allows any code in a checkpoint that it loads from the net.
+        given_leave = self.config[self.config.subcommand].weights_only is False
+        self.config[self.config.subcommand].weights_only = not given_leave
 
     def before_instantiate_classes(self) -> None:
         """Set the number of threads before anything computes."""
-        torch.set_num_threads(self.config[self.subcommand].num_threads)
+        use_threads(self.config[self.subcommand].num_threads)
 
     def instantiate_classes(self) -> None:
         """Make everything, and say in one sentence what is wrong with an argument."""
         try:
             super().instantiate_classes()
-        except (OSError, TypeError, ValueError) as error:
-            _leave(error)
+        except (ArithmeticError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+            # Of a layer that no memory holds, torch tells a long story behind the first line.
+            _leave(str(error).split("\n")[0])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with a progress bar that is drawn now and then."""
@@ -189,7 +193,7 @@ class NamesCLI(LightningCLI):
             callbacks.append(TQDMProgressBar(refresh_rate=_BAR_REFRESH_STEPS))
         if self.subcommand in ("fit", "predict"):
             callbacks += [SampledNames(self.config_init[self.subcommand].names), CharacterEmbedding()]
-        kwargs["callbacks"] = callbacks
+        kwargs["callbacks"] = [*callbacks, Restoring()]
         if self.subcommand != "fit" and config.logger is None:
             # There would be nothing in its directory.
             kwargs["logger"] = False
@@ -303,5 +307,5 @@ def _warnings_only() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _leave(error: Exception) -> NoReturn:
+def _leave(error: Exception | str) -> NoReturn:
     sys.exit(f"lit-bnfold: {error}")

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
@@ -28,7 +27,7 @@ from lit_bnfold.callbacks import BatchNormFolding
 from lit_bnfold.checkpoint import read_training
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
-from lit_bnfold.parser import ShortHelpFormatter, arrange_help, options_of, read_config, sentence
+from lit_bnfold.parser import ShortHelpFormatter, arrange_help, options_of, read_config, sentence, use_threads
 
 SUMMARY = "Fold the BatchNorms of a checkpoint, with the same proof and the same files as at the end of ``fit``."
 
@@ -148,8 +147,8 @@ def _add_own_arguments(parser: argparse.ArgumentParser, boolean: Callable[[str],
     parser.add_argument(
         "--weights_only",
         type=boolean,
-        help="`false` to read a checkpoint that holds more than tensors and plain values; it can run any code. By "
-        "default `true`.",
+        default=True,
+        help="`false` to read a checkpoint that holds more than tensors and plain values; it can run any code.",
     )
 
 
@@ -295,7 +294,7 @@ def _lightning(of_class: type[Any]) -> Any:
 def _fold(early: argparse.Namespace, parts: Sequence[_Part], given: Namespace, made: Namespace) -> None:
     seed_everything(given.get("seed_everything", 42), workers=True, verbose=False)
     if "num_threads" in given:
-        torch.set_num_threads(given.num_threads)
+        use_threads(given.num_threads)
     folding = BatchNormFolding(**_as_dict(made, "folding"), dirpath=early.output)
     model, *data = [_build(part, _as_dict(given, part.key), _as_dict(made, part.key)) for part in parts]
     base = parts[0].lightning

@@ -9,13 +9,20 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from difflib import get_close_matches
+from math import inf
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
+# What no configuration has, and what takes forever to write out: a few lines of aliases stand for any number of values.
+_MOST_VALUES, _MOST_LEVELS = 100_000, 50
+
+# More than any machine has; what torch does with a number that has more than 31 bits is its own affair.
+_MOST_THREADS = 65_536
 # The titles of the groups whose options begin so; they stand in this order behind ours, which have their own.
 _TITLES = {
     "ckpt_path": "The checkpoint",
@@ -131,11 +138,48 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"Expected a configuration at {path}, found no file.")
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"Expected YAML in {path}: {' '.join(str(error).split())}.") from error
+        too_large = _size(config, {}) > _MOST_VALUES
+    # Numbers and dates that are none are ValueErrors, as are bytes that are no text.
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"Expected YAML in {path}: {' '.join(str(error).split()).rstrip('.')}.") from error
+    except RecursionError as error:
+        raise ValueError(f"Expected a configuration in {path}, which is two or three levels deep, got more.") from error
+    if too_large:
+        raise ValueError(f"Expected a configuration in {path}, got over {_MOST_VALUES:,} values; look at its aliases.")
     if not isinstance(config, dict):
         raise ValueError(f"Expected a configuration with `model` and `data` in {path}, got {type(config).__name__}.")
     return config
+
+
+def _size(tree: Any, sizes: dict[int, float], depth: int = 0) -> float:
+    """The number of values in a tree when each alias in it is written out; infinity if one is within itself.
+
+    Raises:
+        RecursionError: If the tree is deeper than any configuration is; those who take it from here go deeper, too.
+    """
+    if depth > _MOST_LEVELS:
+        raise RecursionError
+    if not isinstance(tree, (dict, list)):
+        return 1
+    if id(tree) not in sizes:
+        sizes[id(tree)] = inf
+        inner = tree.values() if isinstance(tree, dict) else tree
+        sizes[id(tree)] = 1 + sum(_size(each, sizes, depth + 1) for each in inner)
+    return sizes[id(tree)]
+
+
+def use_threads(number: int) -> None:
+    """Set the number of CPU threads of torch.
+
+    Args:
+        number: The number of threads.
+
+    Raises:
+        ValueError: If there cannot be so many.
+    """
+    if not 0 < number <= _MOST_THREADS:
+        raise ValueError(f"num_threads: expected a number from 1 to {_MOST_THREADS}, got {number}.")
+    torch.set_num_threads(number)
 
 
 def sentence(message: str, options: Iterable[str]) -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from lit_bnfold import BatchNormFolding, BatchNormMLP, NamesDataModule
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +38,37 @@ def randomise_batchnorms(model: nn.Module) -> nn.Module:
                 nn.init.normal_(module.weight)
                 nn.init.normal_(module.bias)
     return model
+
+
+@dataclass
+class Saved:
+    """What a short training left: its last checkpoint, the folded one, and the words it was trained on."""
+
+    last: Path
+    folded: Path
+    words: Path
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """The checkpoints of a small network that was trained for some steps on a few words; to be read only."""
+    root = tmp_path_factory.mktemp("saved")
+    words = root / "words.txt"
+    words.write_text("\n".join(["anna", "bob", "eve", "abba", "beb", "nan", "ana", "bo", "ebba", "one"] * 3))
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=9,
+            enable_model_summary=False,
+            default_root_dir=root,
+            callbacks=[BatchNormFolding()],
+            **silent,
+        )
+        data = NamesDataModule(str(words), batch_size=8)
+        trainer.fit(BatchNormMLP(vocab_size=data.vocab_size, n_embd=3, n_hidden=(6, 6)), data)
+        trainer.save_checkpoint(root / "last.ckpt")
+    return Saved(root / "last.ckpt", root / "folded.ckpt", words)

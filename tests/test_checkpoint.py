@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_bnfold import BatchNormFolding, BatchNormMLP, FoldingError, load_folded
-from lit_bnfold.checkpoint import MANIFEST, FoldedLoading, save_folded, whole_file
+from lit_bnfold.checkpoint import MANIFEST, FoldedLoading, read_checkpoint, save_folded, whole_file
 from lit_bnfold.folding import Fold, FoldingPlan, Part, plan_folding
 from lit_bnfold.folding.rewrite import folded_in_place
 
@@ -302,6 +303,113 @@ def test_a_folded_checkpoint_is_not_folded_again(folded_file: Path, tmp_path: Pa
             folding.fold_checkpoint(idle_trainer(tmp_path), module, folded_file, weights_only=True)
         assert any(isinstance(each, _BatchNorm) for each in module.modules())
     assert not (tmp_path / "again").exists()
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+def flip_a_bit_of_a_weight(path: Path) -> None:
+    """Change a file as a bad disk does: torch does not notice."""
+    state = torch.load(path, weights_only=True)["state_dict"]
+    name = next(name for name, tensor in state.items() if name.endswith("weight") and tensor.numel() > 9)
+    content, number = bytearray(path.read_bytes()), state[name].flatten()[3:9].numpy().tobytes()
+    content[content.index(number) + 2] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["state_dict"][name], state[name])
+
+
+def validate(module: LightningModule, path: Path, *callbacks: Any) -> None:
+    trainer = idle_trainer(path.parent, callbacks=[*callbacks])
+    trainer.validate(module, ckpt_path=path, weights_only=True, verbose=False)
+
+
+class Mixed(FoldedLoading, Foreign):
+    pass
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda path: load_folded(Foreign, path),
+        lambda path: Mixed.load_from_checkpoint(path),
+        lambda path: validate(Mixed(5), path),
+        lambda path: validate(Foreign(5), path, BatchNormFolding()),
+        lambda path: read_checkpoint(path),
+    ],
+    ids=["load_folded", "load_from_checkpoint", "trainer", "callback", "read_checkpoint"],
+)
+def test_a_bit_that_is_another_one_is_noticed(load: Callable[[Path], Any], folded_file: Path) -> None:
+    load(folded_file)
+    flip_a_bit_of_a_weight(folded_file)
+    with pytest.raises(ValueError, match=r"folded\.ckpt is damaged: .* is not what was written\. Take another copy"):
+        load(folded_file)
+
+
+def test_a_damaged_checkpoint_is_not_folded(tmp_path: Path, foreign: LightningModule) -> None:
+    path = save(tmp_path, foreign, (INPUTS,), folded=False)
+    flip_a_bit_of_a_weight(path)
+    with pytest.raises(ValueError, match=r"plain\.ckpt is damaged"):
+        BatchNormFolding().fold_checkpoint(idle_trainer(tmp_path), Foreign(5), path)
+    assert [each.name for each in tmp_path.iterdir()] == ["plain.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "an empty file"),
+        (b"PK\3\4 and so on", "cut off or damaged. Take another"),
+        (b"text", "another kind of file"),
+    ],
+)
+def test_what_is_no_checkpoint_is_told_apart(content: bytes, found: str, tmp_path: Path) -> None:
+    (tmp_path / "file.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"at .*file\.ckpt, found .*{found}"):
+        load_folded(Foreign, tmp_path / "file.ckpt")
+
+
+def test_a_checkpoint_that_is_cut_off_is_named(folded_file: Path) -> None:
+    content = folded_file.read_bytes()
+    # With 0.75 of it, torch's reader calls it an argument that is invalid, and names no file.
+    for share in (0.1, 0.5, 0.75, 0.99):
+        folded_file.write_bytes(content[: int(share * len(content))])
+        for load in (load_folded, lambda _, path: Mixed.load_from_checkpoint(path)):
+            with pytest.raises(ValueError, match=r"folded\.ckpt.* Take another copy of the file"):
+                load(Foreign, folded_file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hyper_parameters", [1], "`hyper_parameters`: expected a dict whose keys are names, found list"),
+        ("hyper_parameters", {1: 2}, "`hyper_parameters`: expected a dict whose keys are names, found dict"),
+        ("hyper_parameters", {"_class_path": 3}, "`hyper_parameters._class_path`: expected a name, found int"),
+        ("hparams_name", 3, "`hparams_name`: expected a name, found int"),
+        ("state_dict", None, "`state_dict`: expected a dict whose keys are names, found NoneType"),
+        ("pytorch-lightning_version", 2, "found another kind of file"),
+        ("pytorch-lightning_version", "2.6.6.x.y", "cannot be loaded .InvalidVersion"),
+    ],
+)
+def test_content_that_no_trainer_writes_is_named(key: str, value: Any, message: str, folded_file: Path) -> None:
+    checkpoint = torch.load(folded_file, weights_only=True)
+    torch.save(checkpoint | {key: value}, folded_file)
+    with pytest.raises(ValueError, match=r"folded\.ckpt") as raised:
+        load_folded(Foreign, folded_file)
+    assert re.search(message, str(raised.value))
+
+
+def test_weights_are_not_made_of_integers(folded_file: Path) -> None:
+    checkpoint = torch.load(folded_file, weights_only=True)
+    checkpoint["state_dict"]["net.0.bias"] = checkpoint["state_dict"]["net.0.bias"].long()
+    torch.save(checkpoint, folded_file)
+    with pytest.raises(
+        FoldingError, match=r"has `net\.0\.bias` in torch\.int64, and the module has it in torch\.float32"
+    ):
+        load_folded(Foreign, folded_file)
+
+
+def test_a_class_is_asked_to_load_and_not_an_instance(folded_file: Path) -> None:
+    with pytest.raises(TypeError, match="instance"):
+        Mixed(5).load_from_checkpoint(folded_file)
 
 
 # Saving ---------------------------------------------------------------------------------------------------------------

@@ -552,6 +552,14 @@ WRONG = {
         ["fit", "-c", "list.yaml"],
         "Expected a configuration with `model` and `data` in list.yaml",
     ),
+    "endless_aliases": (
+        ["fit", "-c", "aliases.yaml"],
+        "in aliases.yaml, got over 100,000 values; look at its aliases.",
+    ),
+    "bottomless": (["fit", "-c", "deep.yaml"], "in deep.yaml, which is two or three levels deep, got more."),
+    "no_date": (["fit", "-c", "date.yaml"], "Expected YAML in date.yaml: month must be in 1..12."),
+    "no_threads": (["fit", "--num_threads", "0"], "lit-bnfold: num_threads: expected a number from 1 to 65536, got 0."),
+    "no_memory": (["fit", "--model.n_hidden", "10000000000000"], "can't allocate memory"),
     "no_command": (["fti"], "invalid choice: 'fti' (choose from 'fit', 'validate', 'test',"),
 }
 
@@ -565,11 +573,37 @@ def test_a_mistake_is_named_in_a_sentence(
         (tmp_path / f"{file}.txt").write_bytes(content)
     for file, text in (("few", "{}"), ("misspelt", "model: {lrr: 1.0}"), ("broken", "model: [1,"), ("list", "[1]")):
         (tmp_path / f"{file}.yaml").write_text(text)
+    laughs = "a0: &a0 [x, x]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}, *a{n}]\n" for n in range(30))
+    for file, text in (("aliases", laughs), ("deep", "[" * 60 + "]" * 60), ("date", "seed_everything: 2001-13-45")):
+        (tmp_path / f"{file}.yaml").write_text(text)
     args, sentence = WRONG[name]
     said = leaves(capsys, *args, *(QUIET if args[:1] in (["fit"], ["test"]) else []))
     assert sentence in said
     assert "usage:" not in said
     assert not list(tmp_path.rglob("*.ckpt")) or name == "no_such_key"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("optimizer_states", None, "cannot be loaded (TypeError: "),
+        ("loops", 3, "cannot be loaded ("),
+        ("optimizer_states", "delete", "cannot be loaded (KeyError"),
+        ("hyper_parameters", [], "`hyper_parameters`: expected a dict"),
+    ],
+)
+def test_training_does_not_go_on_from_what_no_trainer_has_written(
+    key: str, value: Any, said: str, saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load(saved.last, weights_only=True) | {key: value}
+    if value == "delete":
+        del checkpoint[key]
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    root = ["--trainer.default_root_dir", tmp_path, "--trainer.logger", "false", "--trainer.max_steps", 10]
+    message = leaves(capsys, "fit", "--ckpt_path", tmp_path / "other.ckpt", *QUIET, *root)
+    assert message.startswith(f"lit-bnfold: {tmp_path / 'other.ckpt'}")
+    assert said in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(("value", "is_left_out"), [("0.7", True), ("0.1", False)])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -24,12 +25,14 @@ from lit_bnfold.callbacks.inference import Inference, eval_copy, measure_inferen
 from lit_bnfold.callbacks.proof import GraphWitness, LayerWitness, Witness, output_error
 from lit_bnfold.callbacks.reestimation import Reestimation
 from lit_bnfold.callbacks.report import Report, make_report, print_report, scalars, write_report
+from lit_bnfold.callbacks.restoring import Restoring
 from lit_bnfold.callbacks.stages import Stages
 from lit_bnfold.callbacks.tensorboard import show_in_tensorboard, tensorboard_loggers
 from lit_bnfold.callbacks.validation import ValidationRun, first_training_batch, run_validation
 from lit_bnfold.checkpoint import (
     SHARDED_STRATEGIES,
     FoldedLoading,
+    check_is_undamaged,
     one_file,
     progress_of_training,
     save_folded,
@@ -135,6 +138,8 @@ class BatchNormFolding(Callback):
         self.folded_module: LightningModule | None = None
         self._progress: dict[str, Any] = {}
         self._stages = Stages()
+        # The best checkpoint that there was when training began.
+        self._found_best: tuple[str, int | None] = ("", None)
         self._load_as_before: Callable[[], None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -167,6 +172,7 @@ class BatchNormFolding(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say if there is nothing to fold, now that the module has built whatever it builds late."""
         self._end_taking_folded()
+        self._found_best = _last_written(getattr(trainer.checkpoint_callback, "best_model_path", ""))
         if not any(KINDS.batchnorm(module) for module in pl_module.modules()):
             rank_zero_warn(f"BatchNormFolding has nothing to fold: {type(pl_module).__name__} has no BatchNorm.")
 
@@ -229,14 +235,15 @@ class BatchNormFolding(Callback):
             ckpt_path: The checkpoint: a file, or the directory that FSDP or ModelParallel wrote. The files go beside it
                 unless ``dirpath`` is set.
             datamodule: Where the validation data comes from, if not from the module.
-            weights_only: Whether to read nothing but tensors and plain values of the checkpoint; None as for
-                ``trainer.validate``.
+            weights_only: Whether to read nothing but tensors and plain values of the checkpoint. Only False allows
+                more, and reading it can then run any code.
 
         Raises:
             FoldingError: If the checkpoint is folded already; if the versions do not agree, or an export fails, and
                 ``on_mismatch`` is ``raise``.
             ModuleNotFoundError: If an export needs what is not installed.
             NotADirectoryError: If ``dirpath`` is a file.
+            ValueError: If the checkpoint is damaged, or holds more than ``weights_only`` allows.
 
         Example:
             >>> from lit_bnfold import BatchNormMLP, NamesDataModule
@@ -254,7 +261,7 @@ class BatchNormFolding(Callback):
             nonlocal is_loaded
             if trainer.progress_bar_callback is not None:
                 self._stages.clear()  # Its bar says what is done.
-            trainer.callbacks = [*others, *callbacks]  # type: ignore[attr-defined]
+            trainer.callbacks = [*others, *callbacks, Restoring()]  # type: ignore[attr-defined]
             kwargs: dict[str, Any] = {"datamodule": datamodule, "verbose": False}
             try:
                 # Both versions draw the same random numbers.
@@ -262,7 +269,8 @@ class BatchNormFolding(Callback):
                     if is_loaded:  # The weights stay in the module for the second run, be they folded then.
                         trainer.validate(pl_module, **kwargs)
                     else:
-                        self._validate_checkpoint(trainer, pl_module, ckpt_path, weights_only, **kwargs)
+                        careful = weights_only is not False
+                        self._validate_checkpoint(trainer, pl_module, ckpt_path, careful, **kwargs)
             finally:
                 trainer.callbacks = others  # type: ignore[attr-defined]
             is_loaded = True
@@ -288,7 +296,7 @@ class BatchNormFolding(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         ckpt_path: str | Path,
-        weights_only: bool | None,
+        weights_only: bool,
         **kwargs: Any,
     ) -> None:
         with one_file(ckpt_path, weights_only) as path, progress_of_training(pl_module) as self._progress:
@@ -486,8 +494,7 @@ class BatchNormFolding(Callback):
             yield "last"
             return
         last = copy.deepcopy(pl_module.state_dict())
-        # This very training wrote the file, with whatever objects its module keeps in it.
-        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)
+        checkpoint = self._best_checkpoint(trainer, path)
         pl_module.on_load_checkpoint(checkpoint)
         try:
             pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
@@ -496,6 +503,24 @@ class BatchNormFolding(Callback):
         finally:
             if self.folded_module is not pl_module:
                 pl_module.load_state_dict(last, strict=pl_module.strict_loading)
+
+    def _best_checkpoint(self, trainer: Trainer, path: str) -> dict[str, Any]:
+        """Read the best checkpoint, with whatever objects its module keeps in it if this very training wrote it.
+
+        A training that goes on from a checkpoint takes from there the name of the best one, which can be any file.
+        """
+        is_own = _last_written(path) != self._found_best
+        if Path(path).is_file():
+            check_is_undamaged(Path(path))
+        try:
+            checkpoint: dict[str, Any] = trainer.strategy.load_checkpoint(path, weights_only=not is_own)
+        except UnpicklingError as error:
+            raise FoldingError(
+                f"The best checkpoint, {path}, was there before this training, and holds more than tensors and plain "
+                "values, which can run any code when it is read. If you trust it, fold it with `lit-bnfold fold "
+                "--weights_only false`, or `fold_checkpoint(..., weights_only=False)`."
+            ) from error
+        return checkpoint
 
     @contextmanager
     def _as_in_the_first_process(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
@@ -586,6 +611,11 @@ def _in_any_process(trainer: Trainer, mismatch: str | None) -> str | None:
     """What the first process says that has something to say, so that all of them write or none does."""
     said = (trainer.strategy.broadcast(mismatch, src=rank) for rank in range(trainer.world_size))
     return next((sentence for sentence in said if sentence is not None), None)
+
+
+def _last_written(path: str) -> tuple[str, int | None]:
+    """What tells one checkpoint from another, and from what was written in its place: its path and its time."""
+    return path, Path(path).stat().st_mtime_ns if Path(path).is_file() else None
 
 
 def _best_score(trainer: Trainer) -> tuple[str, float] | None:

@@ -56,8 +56,12 @@ from torch.utils import _pytree as pytree
 program, calls, answers = sys.argv[1:]
 with open(program, "rb") as file:
     module = torch.export.load(file).module()
+outputs = []
 with torch.no_grad():
-    outputs = [pytree.tree_leaves(module(*args, **kwargs)) for args, kwargs in torch.load(calls, weights_only=False)]
+    for leaves, structure in torch.load(calls, weights_only=True):
+        args, kwargs = pytree.tree_unflatten(leaves, pytree.treespec_loads(structure))
+        found = pytree.tree_leaves(module(*args, **kwargs))
+        outputs.append([leaf for leaf in found if isinstance(leaf, torch.Tensor)])
 torch.save(outputs, answers)
 """
 
@@ -214,6 +218,7 @@ def _export(
         raise FoldingError("the folded module cannot be copied")
     if not calls:
         raise FoldingError("validation does not call the module itself, and it has no `example_input_array`")
+    _check_names(folded)
     module = folded if folded.device.type == "cpu" else copy_model(folded).cpu()
     # At least two, since torch takes an axis of length 1 for one that never varies.
     call = calls[0].of_size(min(max(calls[0].batch_size, 2), _MOST_ROWS))
@@ -223,6 +228,15 @@ def _export(
         write(module, call, call.dynamic_shapes(module), part)
         answers = run(part, [check.call for check in checks])
     return _error(checks, answers, tolerance)
+
+
+def _check_names(module: torch.nn.Module) -> None:
+    """Refuse names that end a string in Python: torch writes a program in it, with the names between quotes."""
+    for name in (*dict(module.named_modules()), *module.state_dict()):
+        if '"' in name or "\\" in name or any(ord(each) < ord(" ") for each in name):
+            raise FoldingError(
+                f"the name of `{ascii(name)[1:-1]}` has quotes or line breaks, which torch takes for code"
+            )
 
 
 class _Check(NamedTuple):
@@ -281,14 +295,15 @@ def _run_program(part: Path, calls: list[Call]) -> list[list[Tensor]]:
     """Run a program in a process that knows nothing of the module's code."""
     with tempfile.TemporaryDirectory() as directory:
         asked, answered = Path(directory) / "calls.pt", Path(directory) / "answers.pt"
-        torch.save([(call.args, call.kwargs) for call in calls], asked)
+        flat = [pytree.tree_flatten((call.args, call.kwargs)) for call in calls]
+        torch.save([(leaves, pytree.treespec_dumps(structure)) for leaves, structure in flat], asked)
         command = [sys.executable, "-c", _RUN_PROGRAM, str(part), str(asked), str(answered)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
         if done.returncode != 0:
             said = done.stderr.strip().splitlines() or ["nothing"]
             raise FoldingError(f"a fresh process cannot run it and says: {said[-1]}")
-        answers = torch.load(answered, weights_only=False)
-    return [[leaf for leaf in answer if isinstance(leaf, Tensor)] for answer in answers]
+        answers: list[list[Tensor]] = torch.load(answered, weights_only=True)
+    return answers
 
 
 def _write_onnx(module: torch.nn.Module, call: Call, shapes: dict[str, Any], part: Path) -> None:

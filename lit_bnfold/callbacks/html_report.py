@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_bnfold.callbacks.export import FILES
-from lit_bnfold.callbacks.report import Report, severity
+from lit_bnfold.callbacks.report import Report, printable, severity
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -72,6 +72,7 @@ def render(report: Report) -> str:
         >>> "no BatchNorm" in render(report)
         True
     """
+    report = _shown(report)
     folds = [_fold(number, fold, report) for number, fold in enumerate(report["folds"], start=1)]
     return _template().render(
         report=report,
@@ -85,6 +86,15 @@ def render(report: Report) -> str:
         picture=_picture(folds, float(report["tolerance"])),
         open_rows=_OPEN_ROWS,
     )
+
+
+def _shown(tree: Any) -> Any:
+    """A report whose texts show all of their characters."""
+    if isinstance(tree, dict):
+        return {_shown(key): _shown(inner) for key, inner in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_shown(inner) for inner in tree]
+    return printable(tree) if isinstance(tree, str) else tree
 
 
 def write_html(report: Report, path: Path) -> None:

@@ -198,7 +198,7 @@ def print_report(report: Report) -> None:
     sentences = [f"{kept['batchnorm']} stays: {kept['reason']}." for kept in report["kept"][:_MOST_KEPT]]
     if len(report["kept"]) > _MOST_KEPT:
         sentences.append(f"{len(report['kept']) - _MOST_KEPT} more stay; folding.json says of each why.")
-    for sentence in sentences:
+    for sentence in map(printable, sentences):
         console.print(sentence, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
@@ -242,7 +242,20 @@ def _numbers_table(report: Report, style: Mapping[str, Any]) -> Table:
 
 def _add_row(table: Table, *cells: str) -> None:
     # A name is text, whatever brackets it has.
-    table.add_row(*(Text(_shortened(cell)) for cell in cells))
+    table.add_row(*(Text(_shortened(printable(cell))) for cell in cells))
+
+
+def printable(text: str) -> str:
+    r"""A text as one line that shows all of its characters: a terminal obeys some, and others show nothing.
+
+    Args:
+        text: Any text.
+
+    Example:
+        >>> print(printable("a\x1b[31mb"))
+        a\x1b[31mb
+    """
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _shortened(name: str) -> str:

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
-from lit_bnfold.callbacks.report import Report
+from lit_bnfold.callbacks.report import Report, printable
 from lit_bnfold.folding.algebra import scale_and_shift
 from lit_bnfold.folding.graph import ValueGraph
 from lit_bnfold.folding.kinds import KINDS
@@ -120,8 +120,9 @@ def _add_histograms(writer: SummaryWriter, report: Report, original: nn.Module |
         assert kind is not None
         with torch.no_grad():
             scale, shift = scale_and_shift(*kind.numbers(batchnorm))
-        _add_histogram(writer, f"{_NAME}/scale/{fold['batchnorm']}", scale, step)
-        _add_histogram(writer, f"{_NAME}/shift/{fold['batchnorm']}", shift, step)
+        name = printable(fold["batchnorm"])
+        _add_histogram(writer, f"{_NAME}/scale/{name}", scale, step)
+        _add_histogram(writer, f"{_NAME}/shift/{name}", shift, step)
 
 
 def _add_histogram(writer: SummaryWriter, tag: str, values: Tensor, step: int) -> None:
@@ -172,4 +173,4 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, whatever is in it."""
-    return _MARKS.sub(r"\\\1", html.escape(" ".join(text.split())))
+    return _MARKS.sub(r"\\\1", html.escape(printable(" ".join(text.split()))))

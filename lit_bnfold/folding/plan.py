@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 MANIFEST_VERSION = 1
 DIRECTIONS = ("backward", "forward", "parallel")
+
+# Of a value in a message.
+_LONGEST = 80
+
+_Schema = dict[str, tuple[type, ...]]
 
 
 @dataclass(frozen=True)
@@ -165,19 +171,19 @@ class FoldingPlan:
             plan: A dict as from ``to_dict``.
 
         Raises:
-            FoldingError: If it is none, or of a version that this package does not know.
+            FoldingError: If it is none, or of a version that this package does not know; says what is wrong in it.
         """
-        if not isinstance(plan, dict) or plan.get("version") != MANIFEST_VERSION:
-            version = plan.get("version") if isinstance(plan, dict) else None
+        version = plan.get("version") if isinstance(plan, dict) else None
+        if type(version) is not int or version != MANIFEST_VERSION:
             raise FoldingError(f"Expected a folding plan of version {MANIFEST_VERSION}, got version {version!r}.")
-        try:
-            folds = tuple(_fold_from_dict(fold) for fold in plan["folds"])
-            names = [fold.batchnorm for fold in folds]
-            if len(set(names)) < len(names):
-                raise ValueError("the same BatchNorm twice")
-            return cls(folds, tuple(Kept(**kept) for kept in plan["kept"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise FoldingError(f"Expected a dict as `FoldingPlan.to_dict` gives it, found {error!r} in it.") from error
+        given = _fields(plan, _PLAN, "the plan")
+        folds = tuple(_fold_from_dict(fold, f"folds[{index}]") for index, fold in enumerate(given["folds"]))
+        kept = tuple(Kept(**_fields(each, _KEPT, f"kept[{index}]")) for index, each in enumerate(given["kept"]))
+        counts = Counter([*(fold.batchnorm for fold in folds), *(each.batchnorm for each in kept)])
+        for name, count in counts.items():
+            if count > 1:
+                raise _not_a_plan("the plan", "each BatchNorm once", [name] * count)
+        return cls(folds, kept)
 
     def __str__(self) -> str:
         """The plan as a table for people."""
@@ -197,36 +203,83 @@ def _part_to_dict(part: Part) -> dict[str, Any]:
     return asdict(part) | {"channels": None if part.channels is None else list(part.channels)}
 
 
-def _fold_from_dict(fold: dict[str, Any]) -> Fold:
+# What a plan looks like as plain data: the types of each field. What has a default can be left out, as plans of older
+# releases do that knew nothing of it. A field that is not here says something that this release would not heed.
+_NUMBER = (float, int)
+_PLAN: _Schema = {"version": (int,), "folds": (list, tuple), "kept": (list, tuple)}
+_FOLD: _Schema = {
+    "batchnorm": (str,),
+    "parts": (list, tuple),
+    "direction": (str,),
+    "note": (str, type(None)),
+    "eps": (*_NUMBER, type(None)),
+}
+_PART: _Schema = {
+    "layer": (str,),
+    "channels": (list, type(None)),
+    "shift": _NUMBER,
+    "baked": (bool,),
+    "function": (str, type(None)),
+}
+_KEPT: _Schema = {"batchnorm": (str,), "reason": (str,), "code": (str,)}
+_DEFAULTS = {"note": None, "eps": None, "baked": False, "function": None}
+
+
+def _fields(given: Any, schema: _Schema, place: str) -> dict[str, Any]:
+    """The fields of a dict, each of one of the types that the schema has for it."""
+    if not isinstance(given, dict):
+        raise _not_a_plan(place, "a dict", given)
+    unknown = [key for key in given if key not in schema]
+    if unknown:
+        raise _not_a_plan(place, f"nothing but {', '.join(schema)}", unknown[0])
+    found = _DEFAULTS | given
+    for key, types in schema.items():
+        if key not in found:
+            raise _not_a_plan(place, f"the key {key!r}", sorted(given))
+        # A bool is an int to Python, and no number here.
+        if type(found[key]) not in types:
+            raise _not_a_plan(f"{place}.{key}", " or ".join(each.__name__ for each in types), found[key])
+    return {key: found[key] for key in schema}
+
+
+def _not_a_plan(place: str, expected: str, found: Any) -> FoldingError:
+    return FoldingError(
+        f"Expected a dict as `FoldingPlan.to_dict` gives it; {place}: expected {expected}, found {_shortened(found)}. "
+        "Take the plan as it was written, or fold the model again with this release."
+    )
+
+
+def _shortened(found: Any) -> str:
+    """A value as it is written in Python, cut where it gets long."""
+    said = repr(found)
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
+
+
+def _fold_from_dict(given: Any, place: str) -> Fold:
+    fold = _fields(given, _FOLD, place)
     if fold["direction"] not in DIRECTIONS:
-        raise ValueError(f"direction {fold['direction']!r}")
-    parts = []
-    for part in fold["parts"]:
-        channels = part["channels"]
-        if channels is not None and not (isinstance(channels, list) and all(type(each) is int for each in channels)):
-            raise ValueError(f"channels {channels!r}")
-        channels = None if channels is None else tuple(channels)
-        # What a plan of an older release has nothing to say of is left out in it.
-        function = part.get("function")
-        parts.append(
-            Part(
-                layer=str(part["layer"]),
-                channels=channels,
-                shift=float(part["shift"]),
-                baked=bool(part.get("baked", False)),
-                function=None if function is None else str(function),
-            )
-        )
+        raise _not_a_plan(f"{place}.direction", f"one of {', '.join(DIRECTIONS)}", fold["direction"])
+    parts = tuple(_part_from_dict(part, f"{place}.parts[{index}]") for index, part in enumerate(fold["parts"]))
     names = [part.layer for part in parts]
     if not parts or len(set(names)) < len(names) or fold["batchnorm"] in names:
-        raise ValueError(f"layers {names!r} for {fold['batchnorm']!r}")
-    note, eps = fold.get("note"), fold.get("eps")
-    if not all(math.isfinite(part.shift) for part in parts) or not (eps is None or 0.0 <= float(eps) < math.inf):
-        raise ValueError(f"numbers that are none for {fold['batchnorm']!r}")
-    return Fold(
-        batchnorm=str(fold["batchnorm"]),
-        parts=tuple(parts),
-        direction=fold["direction"],
-        note=None if note is None else str(note),
-        eps=None if eps is None else float(eps),
-    )
+        raise _not_a_plan(f"{place}.parts", f"layers beside {fold['batchnorm']!r}, each once", names)
+    eps = None if fold["eps"] is None else _finite(fold["eps"], f"{place}.eps")
+    if eps is not None and eps < 0.0:
+        raise _not_a_plan(f"{place}.eps", "a number from 0 on", eps)
+    return Fold(**fold | {"parts": parts, "eps": eps})
+
+
+def _part_from_dict(given: Any, place: str) -> Part:
+    part = _fields(given, _PART, place)
+    channels = part["channels"]
+    if channels is not None and not all(type(each) is int for each in channels):
+        raise _not_a_plan(f"{place}.channels", "whole numbers", channels)
+    shift = _finite(part["shift"], f"{place}.shift")
+    return Part(**part | {"channels": None if channels is None else tuple(channels), "shift": shift})
+
+
+def _finite(number: float, place: str) -> float:
+    # An int can be larger than any float.
+    if not abs(number) <= sys.float_info.max:
+        raise _not_a_plan(place, "a finite number", number)
+    return float(number)

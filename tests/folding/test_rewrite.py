@@ -421,6 +421,17 @@ def test_plan_that_makes_no_sense_is_refused(randomised: Randomised) -> None:
     for plan in bad:
         with pytest.raises(FoldingError):
             FoldingPlan.from_dict(plan)
+    # The message names the place.
+    for plan, place in (
+        (changed(part={"shift": 10**400}), r"folds\[0\]\.parts\[0\]\.shift: expected a finite number, found 1000"),
+        (changed(part={"baked": 1}), r"folds\[0\]\.parts\[0\]\.baked: expected bool, found 1"),
+        (changed(eps=True), r"folds\[0\]\.eps: expected float or int or NoneType, found True"),
+        (changed(later=1), r"folds\[0\]: expected nothing but batchnorm, .*, found 'later'"),
+        (changed() | {"version": True}, "folding plan of version 1, got version True"),
+        (changed() | {"kept": [{"batchnorm": "1", "reason": "", "code": ""}]}, "each BatchNorm once"),
+    ):
+        with pytest.raises(FoldingError, match=place):
+            FoldingPlan.from_dict(plan)
 
 
 @pytest.mark.parametrize(
