@@ -55,7 +55,7 @@ class ShortHelpFormatter(DefaultHelpFormatter):
         default = action.default
         try:
             if isinstance(default, (bool, list, tuple)) or default == "":
-                action.default = json.dumps(default)
+                action.default = json.dumps(default, ensure_ascii=False, default=str)
             return _plain(super()._expand_help(action))
         finally:
             action.default = default

@@ -28,6 +28,7 @@ from lit_bnfold import BatchNormFolding, BatchNormMLP, HistogramMonitor, NamesDa
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
 from lit_bnfold.cli import NamesCLI, main
 from lit_bnfold.names.sampling import Sampling
+from lit_bnfold.parser import OneSentenceParser
 
 pytestmark = [
     # In these tests the arguments of the process are pytest's, and those of `main` are given.
@@ -703,6 +704,12 @@ def test_the_help_of_a_command_begins_with_what_is_its_own(
         assert grouped[0].startswith(f"{first}.")
         kinds = [option.startswith(OF_LIGHTNING) for option in grouped]
         assert kinds == sorted(kinds)
+
+
+def test_the_help_of_anyones_class_shows_defaults_that_are_objects() -> None:
+    parser = OneSentenceParser()
+    parser.add_argument("--paths", type=list[Path], default=[Path("a"), Path("ä")], help="Where they are.")
+    assert '(type: list[Path], default: ["a", "ä"])' in " ".join(parser.format_help().split())
 
 
 # The notebook's own run -----------------------------------------------------------------------------------------------

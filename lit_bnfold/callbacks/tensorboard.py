@@ -89,11 +89,14 @@ def _final_metrics(report: Report) -> dict[str, float]:
 
 
 def _layout(report: Report) -> dict[str, dict[str, list[Any]]]:
-    """One chart for each metric: its curve while training, and at the end of it a point for each version."""
+    """One chart for each metric, with a point for each version.
+
+    The curve of the training would lie beside them, not lead to them: TensorBoard smooths it, but not single points.
+    """
     validation = report["validation"]
     charts = {}
     for key in validation["original"]:
-        tags = [key, *(f"{_NAME}/{version}/{key}" for version in validation)]
+        tags = [f"{_NAME}/{version}/{key}" for version in validation]
         # TensorBoard takes them for regular expressions.
         charts[key] = ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
     return {"BatchNorm folding": charts}

@@ -252,6 +252,7 @@ def test_what_does_not_change_or_diverges_is_left_out(tmp_path: Path) -> None:
             # Their spread is beyond float32.
             self.huge = nn.Parameter(torch.tensor([3e38, -3e38]))
             self.empty = nn.Parameter(torch.ones(0))
+            self.rounded = nn.Parameter(torch.linspace(0, 100, 101))
             self.late = nn.LazyLinear(3)
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -259,6 +260,8 @@ def test_what_does_not_change_or_diverges_is_left_out(tmp_path: Path) -> None:
             loss = super().training_step(batch, batch_idx) + self.shifted.sum() * 8
             self.late(batch[0])
             loss = loss + (self.huge * torch.tensor([1e34, 2e34])).sum()
+            # One of its elements changes, in the last digits.
+            loss = loss + self.rounded[1] * 1e-5
             return loss + self.wild.sum() * float("inf")
 
     fit(Odd(), tmp_path, UpdateRatioMonitor(every_n_steps=1), max_steps=2)
