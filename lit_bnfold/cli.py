@@ -87,7 +87,11 @@ class NamesCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks, and take from the data what the network has to know of it."""
         parser.add_argument(
-            "--num_threads", type=int, default=1, help="CPU threads of torch; one is the fastest for a small network"
+            "--num_threads",
+            type=int,
+            default=1,
+            help="CPU threads of torch; one is the fastest for a small network. Two runs with one seed and as many "
+            "threads end with the same bits; another number of threads rounds sums in another order",
         )
         parser.add_lightning_class_args(BatchNormFolding, "folding")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")

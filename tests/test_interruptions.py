@@ -416,7 +416,7 @@ NOT_WRITTEN = (
     r"^lit-bnfold: \[Errno \d+\] (No space left on device|File too large|Permission denied): '.*'\. "
     r"(Make room for it|Allow it), or choose another place\.$"
 )
-TRIALS = int(os.environ.get("TRIALS", "50"))
+TRIALS = 50
 
 
 def report(trials: Sequence[Trial]) -> None:
@@ -511,3 +511,34 @@ def test_a_directory_that_must_not_be_written_from_a_random_moment_on_loses_noth
         print(number, trial)
         trials.append(trial)
     report(trials)
+
+
+# The short form
+
+
+def test_a_training_that_is_stopped_says_so_and_goes_on(trainings: Callable[[Recipe], Training]) -> None:
+    """Once by SIGTERM, then by a disk that is as good as full."""
+    training = trainings(RECIPES[2])
+    root, trial = training.new_root("short"), Trial("SIGTERM and a limit")
+
+    def terminate(child: int) -> None:
+        wait_for(root, "config.yaml")
+        os.kill(child, signal.SIGTERM)
+
+    def limit(child: int) -> None:
+        wait_for(root, "version_1/config.yaml" if saved_in(root) else "config.yaml")
+        limit_files(child)
+
+    training.disturb(root, trial, during=terminate)
+    training.judge(root, trial, "(?m)" + SENTENCES[signal.SIGTERM])
+    training.disturb(root, trial, during=limit)
+    training.judge(root, trial, "(?m)" + NOT_WRITTEN)
+    training.go_on(root, trial)
+    report([trial])
+
+
+def wait_for(root: Path, name: str) -> None:
+    """Wait for a file of a training that has begun."""
+    deadline = time.monotonic() + 60
+    while not list(root.rglob(name)) and time.monotonic() < deadline:
+        time.sleep(0.01)
