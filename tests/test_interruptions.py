@@ -410,7 +410,7 @@ SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 SENTENCES = {
     signal.SIGKILL: "",
     signal.SIGTERM: r"^lit-bnfold: stopped by SIGTERM\.$",
-    signal.SIGINT: r"^(lit-bnfold: stopped by Ctrl-C\.|Detected KeyboardInterrupt, attempting graceful shutdown \.{3})$",
+    signal.SIGINT: r"^(lit-bnfold: stopped by Ctrl-C\.|Detected KeyboardInterrupt, attempting graceful shutdown.*)$",
 }
 NOT_WRITTEN = (
     r"^lit-bnfold: \[Errno \d+\] (No space left on device|File too large|Permission denied): '.*'\. "
