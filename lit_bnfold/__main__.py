@@ -1,6 +1,58 @@
-"""``python -m lit_bnfold`` is ``lit-bnfold``."""
+"""``python -m lit_bnfold`` is ``lit-bnfold``: the command line, and a sentence for whoever stops it."""
 
-from lit_bnfold.cli import main
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import NoReturn
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+def run() -> None:
+    """Run the command line in a process of its own.
+
+    Whatever stops it, it ends with a sentence and the code that a shell gives for the signal: 130 for Ctrl-C, 143 for
+    SIGTERM. Lightning ends a training that is stopped with Ctrl-C with 1.
+    """
+    threading.excepthook = _leave_to_the_main_thread
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        # It takes seconds, in which one may think better of it.
+        from lit_bnfold.cli import main
+
+        main()
+    except KeyboardInterrupt:
+        _stop("Ctrl-C", signal.SIGINT)
+    except _Terminated:
+        _stop("SIGTERM", signal.SIGTERM)
+    finally:
+        # All is done or said; on its way out Python would answer with a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    # While Lightning trains it listens itself, calls this too, and stops when the step is done.
+    if signal.getsignal(signum) is _terminate:
+        raise _Terminated
+
+
+def _stop(by: str, signum: signal.Signals) -> NoReturn:
+    sys.stderr.write(f"lit-bnfold: stopped by {by}.\n")
+    sys.exit(128 + signum)
+
+
+def _leave_to_the_main_thread(failure: threading.ExceptHookArgs) -> None:
+    # TensorBoard writes its files in a thread, and raises in the main thread as well what happens there.
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -7,6 +7,7 @@ One more key in the state dict is there for whoever loads the file in the ordina
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -520,14 +521,15 @@ def whole_file(path: Path, trainer: Trainer, outdated: Sequence[Path] = ()) -> I
     Raises:
         OSError: If it cannot be written; names the file.
     """
-    part = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _beside(path)
     own_io = trainer.strategy.checkpoint_io
     try:
-        # By name, for the other import name of Lightning has a class of its own.
-        if "AsyncCheckpointIO" in {base.__name__ for base in type(own_io).__mro__}:
-            # What is written later cannot be renamed now.
-            trainer.strategy.checkpoint_io = TorchCheckpointIO()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # By name, for the other import name of Lightning has classes of its own.
+        kinds = [base.__name__ for base in type(own_io).__mro__]
+        # What is written later cannot be renamed now; and what is renamed here need not be moved or renamed before.
+        if "AsyncCheckpointIO" in kinds or kinds[0] in ("TorchCheckpointIO", "WholeCheckpointIO"):
+            trainer.strategy.checkpoint_io = _PlainCheckpointIO()
         yield part
         if trainer.is_global_zero:
             with part.open("rb+") as file:
@@ -536,14 +538,70 @@ def whole_file(path: Path, trainer: Trainer, outdated: Sequence[Path] = ()) -> I
                 other.unlink(missing_ok=True)
             part.replace(path)
     except OSError as error:
-        # A full disk is reported without the file that no longer fitted on it.
-        if error.errno is not None:
-            error.filename = error.filename or str(path)
-        raise
+        raise _naming(error, path) from error
     finally:
         trainer.strategy.checkpoint_io = own_io
         if trainer.is_global_zero:
             part.unlink(missing_ok=True)
+
+
+class _PlainCheckpointIO(TorchCheckpointIO):
+    """Writes to the name that it is given, and to no other disk before."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        # As Lightning does: torch's own writing to files reports a full disk as a RuntimeError without a number.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with Path(path).open("wb") as file:
+            file.write(buffer.getbuffer())
+            os.fsync(file.fileno())
+
+
+class WholeCheckpointIO(_PlainCheckpointIO):
+    """Writes checkpoints beside their names and then renames them, so that under its name each is always whole.
+
+    Lightning writes to the directory of temporary files and moves from there. Where that is on another disk, moving is
+    copying, and who is killed in its middle has half a checkpoint under the name of the one before.
+
+    Example:
+        >>> trainer = Trainer(logger=False, accelerator="cpu", plugins=[WholeCheckpointIO()])
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Args:
+            checkpoint: What it holds.
+            path: Its name; what is no path of this machine is left to Lightning.
+            storage_options: As for Lightning.
+
+        Raises:
+            OSError: If it cannot be written; names the file, which is as it was before.
+        """
+        if "://" in str(path) or storage_options is not None:
+            TorchCheckpointIO.save_checkpoint(self, checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        part = _beside(path)
+        try:
+            super().save_checkpoint(checkpoint, part)
+            part.replace(path)
+        except OSError as error:
+            raise _naming(error, path) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _naming(error: OSError, path: Path) -> OSError:
+    # A full disk is reported without the file that no longer fitted on it, and the part's name is of no interest.
+    if error.errno is None or error.filename not in (None, str(_beside(path))):
+        return error
+    return OSError(error.errno, error.strerror, str(path))
 
 
 class _LongerHook:

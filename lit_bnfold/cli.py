@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,16 +17,19 @@ from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_bnfold.callbacks import BatchNormFolding, HistogramMonitor, UpdateRatioMonitor
+from lit_bnfold.callbacks.best_checkpoint import BestCheckpoint
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
 from lit_bnfold.callbacks.monitor import skip_idle_hooks
 from lit_bnfold.callbacks.restoring import Restoring
 from lit_bnfold.callbacks.speed import SpeedMonitor
-from lit_bnfold.checkpoint import read_checkpoint
+from lit_bnfold.checkpoint import WholeCheckpointIO, read_checkpoint, whole_file
 from lit_bnfold.fold_command import SUMMARY, find_last_checkpoint, fold
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
@@ -118,10 +123,14 @@ class NamesCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks, and take from the data what the network has to know of it."""
         parser.add_argument(
-            "--num_threads", type=int, default=1, help="CPU threads of torch; one is the fastest for a small network."
+            "--num_threads",
+            type=int,
+            default=1,
+            help="CPU threads of torch; one is the fastest for a small network. Two runs with one seed and as many "
+            "threads end with the same bits; another number of threads rounds sums in another order.",
         )
         parser.add_lightning_class_args(BatchNormFolding, "folding")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(LearningRateMonitor, "learning_rate")
         parser.add_lightning_class_args(SpeedMonitor, "speed")
@@ -206,6 +215,8 @@ class NamesCLI(LightningCLI):
         for callback in callbacks:
             skip_idle_hooks(callback)
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
 
 
@@ -214,8 +225,18 @@ class SaveFitConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it, when training begins."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        if stage != "fit" or self.already_saved:
+            return
+        # Lightning writes to the file under its own name, where half of it would be read as all of it.
+        with whole_file(Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename, trainer) as part:
+            if trainer.is_global_zero:
+                part.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
+        self.already_saved = True
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Name the directory of a file that could not be written, if the system does not name the file."""
+        if isinstance(exception, OSError) and exception.errno is not None and exception.filename is None:
+            exception.filename = str(Path(trainer.log_dir or trainer.default_root_dir).absolute())
 
 
 def main(args: list[str] | None = None) -> None:
@@ -242,6 +263,10 @@ def main(args: list[str] | None = None) -> None:
                 parser_kwargs={"prog": "lit-bnfold", "description": _DESCRIPTION},
                 args=args,
             )
+    except SIGTERMException:
+        # As it is, it would end the process with the code of a success.
+        sys.stderr.write("lit-bnfold: stopped by SIGTERM.\n")
+        sys.exit(128 + signal.SIGTERM)
     except BrokenPipeError:
         # Whoever reads what is printed has enough; Python would complain once more when it closes the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -307,5 +332,17 @@ def _warnings_only() -> Iterator[None]:
             logger.setLevel(level)
 
 
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room for it"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Allow it"),
+}
+
+
 def _leave(error: Exception | str) -> NoReturn:
-    sys.exit(f"lit-bnfold: {error}")
+    told: BaseException | str | None = error
+    # Closing the files of a training can fail for the same reason, and with fewer words.
+    while isinstance(told, OSError) and told.filename is None and told.__context__ is not None:
+        told = told.__context__
+    told = told if isinstance(told, OSError) and told.filename is not None else error
+    remedy = _REMEDIES.get(told.errno or 0) if isinstance(told, OSError) else None
+    sys.exit(f"lit-bnfold: {told}" + (f". {remedy}, or choose another place." if remedy else ""))

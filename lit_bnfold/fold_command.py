@@ -114,7 +114,10 @@ def find_last_checkpoint(root: Path) -> Path:
     # Without a logger there is no `lightning_logs`.
     paths = [*root.glob("lightning_logs/*/checkpoints/last.ckpt"), *root.glob("checkpoints/last.ckpt")]
     if not paths:
-        raise FileNotFoundError(f"Found no lightning_logs/*/checkpoints/last.ckpt in {root.absolute()} to go on from.")
+        raise FileNotFoundError(
+            f"Found no lightning_logs/*/checkpoints/last.ckpt in {root.absolute()}: no training has saved anything "
+            "there. Begin one without `--ckpt_path`, or pass --ckpt_path FILE."
+        )
     return max(paths, key=lambda path: path.stat().st_mtime)
 
 

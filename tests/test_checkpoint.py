@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import pickle
 import re
 import subprocess
@@ -20,7 +22,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_bnfold import BatchNormFolding, BatchNormMLP, FoldingError, load_folded
-from lit_bnfold.checkpoint import MANIFEST, FoldedLoading, read_checkpoint, save_folded, whole_file
+from lit_bnfold.checkpoint import (
+    MANIFEST,
+    FoldedLoading,
+    WholeCheckpointIO,
+    read_checkpoint,
+    save_folded,
+    whole_file,
+)
 from lit_bnfold.folding import Fold, FoldingPlan, Part, plan_folding
 from lit_bnfold.folding.rewrite import folded_in_place
 
@@ -551,3 +560,40 @@ def test_a_class_loads_as_before_once_a_folded_file_is_loaded(folded_file: Path,
     load_folded(Foreign, folded_file)
     assert vars(Own)["on_load_checkpoint"] is own
     assert "on_load_checkpoint" not in vars(Foreign)
+
+
+class Stopped(BaseException):
+    """Something that nothing catches, as a kill."""
+
+
+@pytest.mark.parametrize("where", ["write", "rename"])
+def test_a_checkpoint_that_is_written_by_halves_leaves_the_one_before(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "below" / "best.ckpt"
+    whole = WholeCheckpointIO()
+    whole.save_checkpoint({"number": 1}, path)
+
+    def stop(*args: Any) -> None:
+        assert torch.load(path, weights_only=True) == {"number": 1}
+        raise Stopped
+
+    monkeypatch.setattr(os, "fsync", stop) if where == "write" else monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(Stopped):
+        whole.save_checkpoint({"number": 2}, path)
+    assert torch.load(path, weights_only=True) == {"number": 1}
+    monkeypatch.undo()
+    whole.save_checkpoint({"number": 2}, path)
+    assert torch.load(path, weights_only=True) == {"number": 2}
+    assert [file.name for file in path.parent.iterdir()] == ["best.ckpt"]
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    path = tmp_path / "best.ckpt"
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{path}'")):
+        WholeCheckpointIO().save_checkpoint({}, path)
+    assert list(tmp_path.iterdir()) == []

@@ -360,6 +360,39 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(how: str, stop: int, wor
     assert equal(resumed.state("folded.ckpt")["state_dict"], whole.state("folded.ckpt")["state_dict"])
 
 
+class StopInValidation(Callback):
+    """Stops a training in the validation after a step."""
+
+    step = 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop", [12, 20], ids=["before_the_best_is_saved", "after_the_best_is_saved"])
+def test_the_best_checkpoint_of_a_stopped_run_is_that_of_the_whole_run(stop: int, words: Path, tmp_path: Path) -> None:
+    """A save falls together with the validation that is the best one; what goes on has a directory of its own."""
+    fit = ["fit", "--config", CONFIGS[0].parent / "smoke.yaml", "--data.words", words, "--data.batch_size", 4]
+    fit += ["--model.lr", 1.0, "--trainer.max_steps", 24, "--trainer.val_check_interval", 4, "--folding.weights"]
+    fit += ["best", "--last_checkpoint.every_n_train_steps", 6]
+    whole, root = command(tmp_path / "whole", *fit), tmp_path / "stopped"
+    assert whole.state("checkpoints/best.ckpt")["global_step"] == 12
+    with pytest.MonkeyPatch.context() as patch:
+        # Lightning stops listening to the signal once it has come, which would outlive this test.
+        patch.setattr(signal, "signal", lambda *_: None)
+        patch.setattr(StopInValidation, "step", stop)
+        stopped = ["--trainer.callbacks", json.dumps([{"class_path": f"{__name__}.StopInValidation"}])]
+        with pytest.raises(SystemExit, match="1"):
+            command(root, *fit, *stopped)
+    resumed = command(root, *fit, "--ckpt_path", "last")
+    assert equal(resumed.state("folded.ckpt")["state_dict"], whole.state("folded.ckpt")["state_dict"])
+    told = [
+        {key: run.report[key] for key in run.report if key not in ("weights", "best_score")} for run in (whole, resumed)
+    ]
+    assert told[0] == told[1]
+
+
 def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_folds_it(tmp_path: Path) -> None:
     """In a process of its own, as ``python -m lit_bnfold`` starts it."""
     # A shell starts what runs in the background deaf to Ctrl-C, and its children inherit that.

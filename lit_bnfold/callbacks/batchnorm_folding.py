@@ -208,7 +208,7 @@ class BatchNormFolding(Callback):
         """Say how to fold what an interrupted training has left."""
         self._end_taking_folded()
         if self.plan is None:
-            rank_zero_info(f"Nothing was folded. {_how_to_fold(trainer, pl_module)}")
+            rank_zero_info(f"Nothing was folded. {self._how_to_fold(trainer, pl_module)}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say why nothing was folded, if training ended before it began: then there is no end of training either."""
@@ -216,7 +216,7 @@ class BatchNormFolding(Callback):
             rank_zero_warn(
                 "BatchNormFolding folded nothing: there was no step left to train, as with `max_epochs=0`, "
                 "`limit_train_batches=0` or a finished training that is resumed. "
-                f"{_how_to_fold(trainer, pl_module)}"
+                f"{self._how_to_fold(trainer, pl_module, has_ended=True)}"
             )
 
     def fold_checkpoint(
@@ -541,6 +541,24 @@ class BatchNormFolding(Callback):
             if self.folded_module is not pl_module:
                 _copy_numbers(own, buffers)
 
+    def _how_to_fold(self, trainer: Trainer, pl_module: LightningModule, *, has_ended: bool = False) -> str:
+        """Say by what command the weights that were asked for are folded, or else the others; not all are saved."""
+        kinds = ("best", "last") if self.weights == "best" else ("last", "best")
+        savers = trainer.checkpoint_callbacks
+        found = [(kind, getattr(saver, f"{kind}_model_path", "")) for kind in kinds for saver in savers]
+        # A training that had ended and is resumed saves nothing new.
+        resumed = ("last", trainer.ckpt_path)
+        found = [resumed, *found] if has_ended and self.weights == "last" else [*found, resumed]
+        kind, path = next((each for each in found if each[1]), ("", ""))
+        if not path:
+            return "There is no checkpoint to fold either."
+        command = ["lit-bnfold", "fold", "--ckpt_path", str(path)]
+        for flag, owner in (("--model", pl_module), ("--data", trainer.datamodule)):  # type: ignore[attr-defined]
+            # The command knows the classes of this package.
+            if owner is not None and not type(owner).__module__.startswith("lit_bnfold."):
+                command += [flag, _import_path(type(owner))]
+        return f"To fold the {kind} checkpoint: {shlex.join(command)}"
+
     @property
     def state_key(self) -> str:
         """What tells the states of two of these callbacks apart, one for the last and one for the best weights."""
@@ -553,22 +571,6 @@ class BatchNormFolding(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the report of an earlier run."""
         self.report = state_dict or None
-
-
-def _how_to_fold(trainer: Trainer, pl_module: LightningModule) -> str:
-    """Say by what command the last checkpoint is folded, or else the best one; not every callback keeps a last one."""
-    kinds, savers = ("last", "best"), trainer.checkpoint_callbacks
-    found = [(kind, getattr(saver, f"{kind}_model_path", "")) for kind in kinds for saver in savers]
-    # A training that has ended and is resumed saves nothing new.
-    kind, path = next((each for each in (*found, ("last", trainer.ckpt_path)) if each[1]), ("", ""))
-    if not path:
-        return "There is no checkpoint to fold either."
-    command = ["lit-bnfold", "fold", "--ckpt_path", str(path)]
-    for flag, owner in (("--model", pl_module), ("--data", trainer.datamodule)):  # type: ignore[attr-defined]
-        # The command knows the classes of this package.
-        if owner is not None and not type(owner).__module__.startswith("lit_bnfold."):
-            command += [flag, _import_path(type(owner))]
-    return f"To fold the {kind} checkpoint: {shlex.join(command)}"
 
 
 def _import_path(of_class: type[Any]) -> str:

@@ -42,6 +42,16 @@ _HOOKS = tuple(name for name in dir(Callback) if name.startswith("on_"))
 _LIVE_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether a fit validates right after the training batch that ends at this moment.
+
+    Args:
+        trainer: A Trainer in the hook ``on_train_batch_end``.
+    """
+    loop: Any = trainer.fit_loop
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
 @dataclass(frozen=True)
 class ValidationRun:
     """What one run of the module's own validation gave.

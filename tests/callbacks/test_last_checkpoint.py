@@ -114,3 +114,33 @@ def test_a_second_fit_saves_anew(tmp_path: Path) -> None:
 def test_no_steps_between_two_saves_are_refused() -> None:
     with pytest.raises(ValueError, match="every_n_train_steps: expected at least 1, got 0"):
         LastCheckpoint(every_n_train_steps=0)
+
+
+def test_a_step_that_is_validated_is_saved_when_that_is_done(tmp_path: Path) -> None:
+    class Validated(Tiny):
+        saved: list[int]
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.saved.append(torch.load(last.last_model_path, weights_only=True)["global_step"])
+
+        def val_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(TensorDataset(torch.randn(4, 4)), batch_size=4)
+
+    last, module = LastCheckpoint(every_n_train_steps=2), Validated()
+    module.saved = []
+    fitting = trainer(tmp_path, last, val_check_interval=4, check_val_every_n_epoch=None, num_sanity_val_steps=0)
+    fitting.fit(module)
+    assert module.saved == [2, 6]
+    assert torch.load(last.last_model_path, weights_only=True)["global_step"] == 9
+
+
+def test_whoever_is_interrupted_learns_how_to_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Interrupted(Tiny):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if self.global_step == 6:
+                raise RuntimeError("trouble")
+
+    last = LastCheckpoint(every_n_train_steps=4)
+    with caplog.at_level("INFO"), pytest.raises(RuntimeError, match="trouble"):
+        trainer(tmp_path, last).fit(Interrupted())
+    assert f"To go on from step 4, repeat the command with --ckpt_path {last.last_model_path}" in caplog.messages

@@ -429,6 +429,24 @@ def test_a_run_can_be_stopped_twice(run: Run) -> None:
     assert_same_run(run.fit(ckpt_path=run.path / "second" / "last.ckpt"), whole)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_bits(
+    run: Run, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At random steps, so also in the middle of a block of batches, and right at its end, a milestone, a validation."""
+    monkeypatch.setattr("lit_bnfold.names.data.DRAW", 5 * 16)  # examples, five batches
+    stops = sorted({5, 8, 17, *random.Random(seed).sample(range(1, 36), 3)})
+    assert {True, False} == {stop % 5 == 0 for stop in stops}
+    options = {"max_steps": 39, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    whole = run.fit(**options)
+    path = None
+    for stop in stops:
+        saving = ModelCheckpoint(run.path / "stopped", save_last=True, every_n_train_steps=1)
+        run.fit(saving, ckpt_path=path, **{**options, "max_steps": stop})
+        path = Path(saving.last_model_path)
+    assert_same_run(run.fit(ckpt_path=path, **options), whole)
+
+
 def test_an_interrupted_run_can_be_resumed(run: Run) -> None:
     class Interrupt(Callback):
         def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
