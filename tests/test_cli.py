@@ -81,7 +81,7 @@ def command(root: Path, *args: object) -> Run:
         runs.append(Run(root, cli.model, metrics))
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in NamesCLI.subcommands():
+        for name in ("fit", "validate", "test", "predict"):
             patch.setattr(NamesCLI, f"after_{name}", after, raising=False)
         main([*map(str, args), "--trainer.default_root_dir", str(root), *QUIET])
     return runs[0]
@@ -531,7 +531,12 @@ def test_help_is_given(args: list[str], capsys: pytest.CaptureFixture[str]) -> N
     assert exit_.value.code == 0
     said = capsys.readouterr().out
     assert "usage:" in said
-    expected = {"--help": "fold", "fit": "--folding.tolerance", "predict": "--names.prefix", "fold": "--ckpt_path"}
+    expected = {
+        "--help": "{fit,validate,test,predict,fold}",
+        "fit": "--folding.tolerance",
+        "predict": "--names.prefix",
+        "fold": "--ckpt_path",
+    }
     assert expected[args[0]] in said
 
 
