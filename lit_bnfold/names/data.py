@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import pairwise
 from math import ceil, isclose
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ def read_words(path: Path) -> list[str]:
     needed, memory = MEMORY_PER_BYTE * path.stat().st_size, memory_of_machine()
     if memory is not None and needed > memory:
         raise ValueError(
-            f"{path}: expected words whose examples fit into the {memory / 1e9:.1f} GB of memory of this machine, got a "
-            f"file of which it takes about {needed / 1e9:.1f} GB to build them; give a part of the words."
+            f"{path}: expected words whose examples fit into the {memory / 1e9:.1f} GB of memory of this machine, got "
+            f"a file of which it takes about {needed / 1e9:.1f} GB to build them; give a part of the words."
         )
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -117,7 +117,8 @@ def encode_words(words: list[str], stoi: dict[str, int], block_size: int) -> Ten
 
     def encode(text: str) -> Tensor:
         # UTF-32 gives every character four bytes in native order, after four that say which order it is.
-        return lookup[torch.frombuffer(bytearray(text, "utf-32"), dtype=torch.int32, offset=4)]
+        codes = torch.frombuffer(bytearray(text, "utf-32"), dtype=torch.int32, offset=4)
+        return lookup.index_select(0, codes)  # five times faster than lookup[codes]
 
     pieces = (words[first : first + PIECE] for first in range(0, len(words), PIECE))
     return torch.cat([*(encode(padding + padding.join(piece)) for piece in pieces), encode(padding)])
@@ -125,15 +126,24 @@ def encode_words(words: list[str], stoi: dict[str, int], block_size: int) -> Ten
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """The examples of one split, as windows over a stream that all splits share.
+    """The examples of one split, as windows over a stream of characters.
 
     Args:
         windows: Every window of the stream (M - block_size, block_size + 1), a view that takes no memory of its own.
-        starts: The windows that are examples of this split (N,).
+        starts: The windows that are examples (N,).
     """
 
     windows: Tensor
     starts: Tensor
+
+    @classmethod
+    def in_stream(cls, stream: Tensor, block_size: int) -> "Examples":
+        """Return the examples of words that `encode_words` has written down as a stream (M,)."""
+        letter = stream[block_size - 1 :] != 0  # (M - block_size + 1,)
+        starts = (letter[1:] | letter[:-1]).nonzero().flatten()  # (N,)
+        if len(stream) < 2**31:
+            starts = starts.int()
+        return cls(stream.unfold(0, block_size + 1, 1), starts)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -392,27 +402,17 @@ class NamesDataModule(LightningDataModule):
         Raises:
             ValueError: If there are too few words for every split to have one.
         """
-        stream, sizes = self._encoded()
-        letter = stream[self.block_size - 1 :] != 0  # (M - block_size + 1,)
-        starts = (letter[1:] | letter[:-1]).nonzero().flatten()  # (N,)
-        if len(stream) < 2**31:
-            starts = starts.int()
-        windows = stream.unfold(0, self.block_size + 1, 1)  # (M - block_size, block_size + 1)
-        parts = (Examples(windows, part) for part in torch.split(starts, sizes))
-        return dict(zip(("train", "val", "test"), parts, strict=True))
-
-    def _encoded(self) -> tuple[Tensor, list[int]]:
-        """Return the words of all splits as one stream (M,), and the number of examples of each split."""
-        split_words = self._split_words()
-        # A word of n letters makes n + 1 examples.
-        sizes = [sum(map(len, words)) + len(words) for words in split_words]
-        words = list(chain(*split_words))
-        if 0 in sizes:
+        split_words = dict(zip(("train", "val", "test"), self._split_words(), strict=True))
+        if not all(split_words.values()):
+            count = sum(map(len, split_words.values()))
             raise ValueError(
-                f"{self.path}: expected words for every split, got {len(words)} word{'s' * (len(words) > 1)}, of which "
-                f"the fractions {self.fractions} leave one split none; add words or change the fractions."
+                f"{self.path}: expected words for every split, got {count} word{'s' * (count > 1)}, of which the "
+                f"fractions {self.fractions} leave one split none; add words or change the fractions."
             )
-        return encode_words(words, self.stoi, self.block_size), sizes
+        return {
+            name: Examples.in_stream(encode_words(words, self.stoi, self.block_size), self.block_size)
+            for name, words in split_words.items()
+        }
 
     def prepare_data(self) -> None:
         """Read the words, so that a bad file is reported before anything else starts."""
