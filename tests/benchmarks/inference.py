@@ -1,10 +1,10 @@
 """How much faster a folded network runs than the original: eager, compiled, and in onnxruntime.
 
-Run it with ``python tests/benchmarks/inference.py``. A ratio is how often the folded network runs in the time of one run
-of the original: the median of pairs that run in turn, on one thread and the processor's clock, or by CUDA events.
+Run it with ``python tests/benchmarks/inference.py``. A ratio is how often the folded network runs in the time of one
+run of the original: the median of pairs that run in turn, on one thread and the processor's clock, or by CUDA events.
 
-Eager, every BatchNorm is an operation that is gone once it is folded; that is where the gain is. ``torch.compile`` keeps
-the BatchNorm, but fuses its arithmetic with the operations around it. The ONNX exporter and onnxruntime fold
+Eager, every BatchNorm is an operation that is gone once it is folded; that is where the gain is. ``torch.compile``
+keeps the BatchNorm, but fuses its arithmetic with the operations around it. The ONNX exporter and onnxruntime fold
 BatchNorms behind layers by themselves. There nothing is expected of the folded network but that it is not slower.
 """
 

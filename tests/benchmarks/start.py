@@ -9,7 +9,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 from measuring import Row, in_turn, median_ratio, medians, show
@@ -31,8 +31,8 @@ def rows() -> Iterator[Row]:
         ("lit-bnfold --help", ["-m", "lit_bnfold", "--help"], "import torch, lightning"),
         ("lit-bnfold fit --help", ["-m", "lit_bnfold", "fit", "--help"], "import torch, lightning"),
     ):
-        processes: list[Callable[[], object]] = [partial(lambda a: a, ours), partial(lambda a: a, ["-c", needed])]
-        pairs = in_turn(processes, PAIRS, lambda arguments: processor_seconds(arguments()))  # type: ignore[arg-type]
+        processes = [partial(processor_seconds, arguments) for arguments in (ours, ["-c", needed])]
+        pairs = in_turn(processes, PAIRS, lambda process: process())
         spent, least = medians(pairs)
         target = "" if "fit" in name else "<= 1.1"
         yield Row(name, target, f"{spent:.2f} s; `{needed}` {least:.2f} s; {PAIRS} pairs", median_ratio(pairs))
