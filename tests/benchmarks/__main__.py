@@ -17,7 +17,14 @@ from measuring import HEADER, Row, hardware, versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.md"
-CODE = "import importlib, json, sys; print(json.dumps([tuple(r) for r in importlib.import_module(sys.argv[1]).rows()]))"
+
+# What runs in the process of a benchmark; whatever else it prints does not begin so.
+MARK = "row: "
+CODE = f"""
+import importlib, json, sys
+for row in importlib.import_module(sys.argv[1]).rows():
+    print("{MARK}" + json.dumps(tuple(row)), flush=True)
+"""
 
 
 def names() -> list[str]:
@@ -25,13 +32,19 @@ def names() -> list[str]:
 
 
 def rows_of(name: str) -> list[Row]:
-    """Run one benchmark; what it prints itself goes to the terminal, except for the last line."""
+    """Run one benchmark, and print each line when it is there."""
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path}
-    run = subprocess.run(
-        [sys.executable, "-c", CODE, name], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    return [Row(*row) for row in json.loads(run.stdout.splitlines()[-1])]
+    command, environment = [sys.executable, "-c", CODE, name], {**os.environ, "PYTHONPATH": path}
+    rows = []
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(MARK):
+                rows.append(Row(*json.loads(line.removeprefix(MARK))))
+                print("  ".join(rows[-1].cells()), flush=True)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return rows
 
 
 def section(name: str, rows: list[Row], minutes: float) -> str:
@@ -58,7 +71,6 @@ def main() -> None:
             failed.append(f"{name} ended with {error.returncode}")
             continue
         sections[name] = section(name, rows, (time.monotonic() - start) / 60)
-        print(sections[name], flush=True)
         intro = (
             "# Measured\n\nWritten by `python tests/benchmarks`; what each line means stands in the module of its name."
         )

@@ -1,8 +1,8 @@
 """What monitoring costs a step of the notebook's recipe.
 
 Run it with ``python tests/benchmarks/monitoring.py``. Within one training all versions take turns, of one step each
-where nothing is written, and of some steps that are all written; each turn is compared with the unmonitored one of its round.
-A ratio is that of a step's time with and without. Only such ratios are worth comparing between machines.
+where nothing is written, and of some steps that are all written; each turn is compared with the unmonitored one of its
+round. A ratio is that of a step's time with and without. Only such ratios are worth comparing between machines.
 """
 
 from __future__ import annotations
