@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -95,19 +95,19 @@ class _ListingParser(OneSentenceParser):
 class NamesCLI(LightningCLI):
     """The names example with everything a user has by default: folding, checkpoints, monitors and a progress bar."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The subcommands, each with the arguments that the command line does not ask for."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("args")
+        self._needed = _subcommands_needed(sys.argv[1:] if given is None else given)
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The subcommands whose options are needed, each with the arguments that the command line does not ask for."""
         offered = LightningCLI.subcommands()
-        return {
-            "fit": offered["fit"],
-            "validate": offered["validate"],
-            "test": offered["test"],
-            "predict": offered["predict"] | {"return_predictions"},
-        }
+        offered["predict"].add("return_predictions")
+        return {name: offered[name] for name in self._needed}
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Make the parser, and list beside its own subcommands the one that has a parser for each class."""
+        """Make the parser, and list the other subcommands too: ``fold`` has a parser for each class."""
         super().setup_parser(*args, **kwargs)
         assert isinstance(self.parser, _ListingParser)
         for choice in self.parser.listed._choices_actions:
@@ -118,6 +118,9 @@ class NamesCLI(LightningCLI):
             own = {**_HELP, "ckpt_path": _SUBCOMMANDS[name][1]}
             for action in parser._actions:
                 action.help = own.get(action.dest, action.help)
+        for name, (summary, _) in _SUBCOMMANDS.items():
+            if name not in self._needed:
+                self.parser.listed.add_subcommand(name, LightningArgumentParser(), help=summary)
         self.parser.listed.add_subcommand("fold", LightningArgumentParser(), help=SUMMARY)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -277,6 +280,13 @@ def main(args: list[str] | None = None) -> None:
         if "Error(s) in loading state_dict" not in str(error):
             raise
         _leave(error)
+
+
+def _subcommands_needed(args: Sequence[str]) -> Collection[str]:
+    """Those whose options it takes to read a command line; to find the options of all takes a tenth of the start."""
+    if args and args[0] in ("-h", "--help"):
+        return ()
+    return args[:1] if args and args[0] in _SUBCOMMANDS else _SUBCOMMANDS
 
 
 def _configurations(args: list[str]) -> list[Path]:

@@ -15,22 +15,18 @@ from __future__ import annotations
 
 import gc
 import io
-import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from itertools import pairwise
 from typing import Any
 
-import lightning
+import networks
 import torch
-from folding import processor  # the benchmark beside this one
 from lightning.pytorch import LightningModule, Trainer
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from measuring import Row, median_ratio, medians, show
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,30 +37,10 @@ import lit_bnfold.cli as cli
 from lit_bnfold import BatchNormFolding
 
 
-class Block(nn.Module):
-    """The block of ResNet-18 (He et al., 2015)."""
-
-    def __init__(self, i: int, o: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU(),
-            nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o),
-        )  # fmt: skip
-        layers = [nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o)] if i != o else []
-        self.shortcut = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (N, i, H, W) to images (N, o, H / stride, W / stride)."""
-        return (self.body(x) + self.shortcut(x)).relu()
-
-
 class ResNet18(LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        widths = pairwise([64, 64, 128, 256, 512])
-        blocks = [block for i, o in widths for block in (Block(i, o, 2 if i != o else 1), Block(o, o, 1))]
-        stem = (nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
-        self.net = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
+        self.net = networks.resnet18()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, classes = batch
@@ -173,35 +149,27 @@ def one(fit: Callable[[str], None]) -> tuple[float, float]:
     return Measured.validation, Measured.train_end
 
 
-def costs(name: str, fit: Callable[[str], None], pairs: int) -> Iterator[tuple[str, str]]:
-    first, *others = (one(fit) for _ in range(pairs + 1))
-    validation, train_end = (statistics.median(times) for times in zip(*others, strict=True))
-    yield f"{name}: one ordinary validation", f"{1e3 * validation:.0f} ms"
-    yield "  on_train_end of BatchNormFolding", f"{1e3 * train_end:.0f} ms"
-    ratios = sorted(end / validation for validation, end in others)
-    yield f"  median ratio of {pairs} pairs", f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    yield "  ratio of the first pair in the process", f"{first[1] / first[0]:.2f}"
+def costs(name: str, fit: Callable[[str], None], count: int) -> Iterator[Row]:
+    first, *pairs = ((end, validation) for validation, end in (one(fit) for _ in range(count + 1)))
+    train_end, validation = medians(pairs)
+    measured = f"{1e3 * train_end:.0f} ms; one ordinary validation {1e3 * validation:.0f} ms; {count} pairs"
+    yield Row(f"on_train_end of BatchNormFolding, {name}", "<= 2.5", measured, median_ratio(pairs))
+    yield Row("  the first pair in the process", "", "", first[0] / first[1])
     Measured.counts_memory = True
     validation, train_end = one(fit)
     Measured.counts_memory = False
-    yield "  the folded layers", f"{Measured.layers / 2**20:.2f} MiB"
-    yield "  most memory of tensors in a validation", f"{validation / 2**20:.2f} MiB"
-    yield "  in on_train_end", f"{train_end / 2**20:.2f} MiB"
-    yield "  left afterwards", f"{Measured.left / 2**20:.2f} MiB"
+    most = f"{train_end / 2**20:.2f} MiB; in a validation {validation / 2**20:.2f} MiB"
+    yield Row("  most memory of tensors", "", f"{most}; the folded layers {Measured.layers / 2**20:.2f} MiB")
+    yield Row("  left afterwards", "", f"{Measured.left / 2**20:.2f} MiB")
 
 
-def main() -> None:
+def rows() -> Iterator[Row]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     cli.BatchNormFolding = Measured  # type: ignore[misc]
-    versions = f"torch {torch.__version__}, lightning {lightning.__version__}"
-    table = Table("what", "measured", title=f"{processor()}, {versions}, one thread")
-    for part in (costs("names, 22,655 examples", fit_names, 11), costs("ResNet-18, 20 x 32 images", fit_resnet, 5)):
-        for row in part:
-            table.add_row(*row)
-        table.add_section()
-    Console().print(table)
+    yield from costs("names, 22,655 examples", fit_names, 11)
+    yield from costs("ResNet-18, 20 x 32 images", fit_resnet, 5)
 
 
 if __name__ == "__main__":
-    main()
+    show(rows())

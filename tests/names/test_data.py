@@ -101,11 +101,12 @@ def test_a_sum_of_fractions_that_floats_round_down_loses_no_word(tmp_path: Path)
 
 
 def test_the_splits_keep_one_byte_a_character_and_four_bytes_an_example() -> None:
-    data = NamesDataModule()
-    examples = data.splits["train"]
-    assert examples.windows.dtype == torch.uint8
-    assert examples.windows.untyped_storage().nbytes() == 196_113 + 3 * 32_034
-    assert examples.starts.untyped_storage().nbytes() == 4 * (182_625 + 22_655 + 22_866)
+    for examples in NamesDataModule().splits.values():
+        _, targets = examples[:]
+        words = int((targets == 0).sum())
+        assert examples.windows.dtype == torch.uint8
+        assert examples.windows.untyped_storage().nbytes() == len(examples) - words + 3 * (words + 1)
+        assert examples.starts.untyped_storage().nbytes() == 4 * len(examples)
 
 
 # Words files
@@ -148,6 +149,26 @@ def test_the_largest_alphabet_that_fits_a_byte_uses_one() -> None:
     assert encode_words(["\u01fe"], stoi, block_size=1).tolist() == [0, 255, 0]
     assert encode_words(["\u01fe"], stoi, block_size=1).dtype == torch.uint8
     assert encode_words(["\u01ff"], {**stoi, "\u01ff": 256}, block_size=1).tolist() == [0, 256, 0]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 5])
+def test_words_that_are_encoded_in_pieces_are_the_same_stream(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, stoi = ["ab", "b", "aab"], {".": 0, "a": 1, "b": 2}
+    monkeypatch.setattr("lit_bnfold.names.data.PIECE", piece)
+    assert encode_words(words, stoi, block_size=2).tolist() == [0, 0, 1, 2, 0, 0, 2, 0, 0, 1, 1, 2, 0, 0]
+
+
+def test_a_file_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    with path.open("wb") as file:
+        file.truncate(2**42)  # four TiB of nothing, which take no room on the disk
+    with pytest.raises(ValueError, match=r"words.txt: expected words .* memory of this machine, got a file .* a part"):
+        NamesDataModule(str(path)).prepare_data()
+
+
+def test_where_the_size_of_the_memory_is_unknown_words_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sysconf_names", {})
+    assert len(read_words(bundled_words())) == 32_033
 
 
 def test_the_words_stand_beside_the_module_or_at_the_top_of_the_checkout(
