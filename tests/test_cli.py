@@ -262,7 +262,11 @@ SHUFFLED = ("--data.replacement", "false", "--model.optimizer", "adamw", "--mode
 @pytest.mark.parametrize(
     ("how", "stop", "recipe"),
     [
-        *(pytest.param(how, stop, (), id=f"{how}-{STOPS[stop]}") for how in ("max_steps", "interrupt") for stop in STOPS),
+        *(
+            pytest.param(how, stop, (), id=f"{how}-{STOPS[stop]}")
+            for how in ("max_steps", "interrupt")
+            for stop in STOPS
+        ),
         pytest.param("interrupt", 14, SHUFFLED, id="shuffled"),
     ],
 )

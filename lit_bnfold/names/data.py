@@ -267,8 +267,8 @@ class NameNumbers:
 class NamesDataModule(LightningDataModule):
     """Words as examples of a context of characters and the character that follows, split as in the notebook.
 
-    Training draws its batches from an endless stream; an epoch is as many batches as the training split fills. A run that
-    is resumed from a checkpoint, wherever it was stopped, sees the batches it would have seen without the stop.
+    Training draws its batches from an endless stream; an epoch is as many batches as the training split fills. A run
+    that is resumed from a checkpoint, wherever it was stopped, sees the batches it would have seen without the stop.
 
     Args:
         words: Path of a UTF-8 file with one word per line; None takes the bundled names.txt, 32,033 names.

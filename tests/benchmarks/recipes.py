@@ -42,8 +42,8 @@ COLOURS = {"notebook": "#d1242f", "fast": "#1a7f37", "best": "#0969da"}
 
 # Each recipe with its seeds, in the order of the runs.
 ORDER = [
-    ("fast", 1), ("best", 1), ("notebook", 1), ("fast", 2), ("fast", 3), ("fast", 4), ("best", 2), ("notebook", 2),
-    ("fast", 5), ("fast", 6), ("fast", 7), ("best", 3),
+    ("best", 1), ("fast", 1), ("fast", 2), ("notebook", 1), ("fast", 3), ("fast", 4), ("best", 2), ("fast", 5),
+    ("fast", 6), ("best", 3), ("fast", 7),
 ]  # fmt: skip
 
 
@@ -82,7 +82,9 @@ def test_loss(root: Path) -> float:
 
 def lit_bnfold(*arguments: str) -> str:
     command = [sys.executable, "-m", "lit_bnfold", *arguments]
-    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
+    return subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+    ).stdout
 
 
 def children_time() -> float:
@@ -111,12 +113,22 @@ def rows(done: Sequence[Training]) -> Iterator[tuple[str, ...]]:
     for recipe, several in by_recipe.items():
         for each in several:
             yield cells(f"{recipe}, seed {each.seed}", each, notebook, notebook_passed)
-        columns = ([getattr(each, name) for each in several] for name in ("processor", "passed", "val_loss", "test_loss"))
+        columns = (
+            [getattr(each, name) for each in several] for name in ("processor", "passed", "val_loss", "test_loss")
+        )
         processor, passed, val_loss, test = map(statistics.mean, columns)
         mean = Training(recipe, 0, processor, passed, val_loss, [], test)
         yield cells(f"{recipe}, mean of {len(several)}", mean, notebook, notebook_passed)
         largest = max(several, key=lambda each: each.val_loss)
-        yield (f"{recipe}, largest", "", "", "", "", f"{largest.val_loss:.4f}", f"{max(e.test_loss for e in several):.4f}")
+        yield (
+            f"{recipe}, largest",
+            "",
+            "",
+            "",
+            "",
+            f"{largest.val_loss:.4f}",
+            f"{max(e.test_loss for e in several):.4f}",
+        )
 
 
 def cells(name: str, each: Training, notebook: float, notebook_passed: float) -> tuple[str, ...]:
