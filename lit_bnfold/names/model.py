@@ -205,7 +205,7 @@ class BatchNormMLP(FoldedLoading, LightningModule):
         cycle = self.hparams["cycle_steps"]
         if cycle is None:
             return MultiStepLR(optimizer, self.hparams["milestones"], self.hparams["gamma"])
-        steps = self.trainer.estimated_stepping_batches  # type: ignore[attr-defined]
+        steps = self.trainer.estimated_stepping_batches
         if steps > cycle:
             raise ValueError(
                 f"cycle_steps: expected at least the {steps} steps of the training, got {cycle}; pass as many, or set "

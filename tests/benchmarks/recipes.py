@@ -82,9 +82,8 @@ def test_loss(root: Path) -> float:
 
 def lit_bnfold(*arguments: str) -> str:
     command = [sys.executable, "-m", "lit_bnfold", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
-    ).stdout
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    return subprocess.run(command, cwd=ROOT, check=True, **quiet).stdout
 
 
 def children_time() -> float:
@@ -113,22 +112,13 @@ def rows(done: Sequence[Training]) -> Iterator[tuple[str, ...]]:
     for recipe, several in by_recipe.items():
         for each in several:
             yield cells(f"{recipe}, seed {each.seed}", each, notebook, notebook_passed)
-        columns = (
-            [getattr(each, name) for each in several] for name in ("processor", "passed", "val_loss", "test_loss")
+        names = ("processor", "passed", "val_loss", "test_loss")
+        means = {name: statistics.mean(getattr(each, name) for each in several) for name in names}
+        yield cells(
+            f"{recipe}, mean of {len(several)}", Training(recipe, 0, curve=[], **means), notebook, notebook_passed
         )
-        processor, passed, val_loss, test = map(statistics.mean, columns)
-        mean = Training(recipe, 0, processor, passed, val_loss, [], test)
-        yield cells(f"{recipe}, mean of {len(several)}", mean, notebook, notebook_passed)
-        largest = max(several, key=lambda each: each.val_loss)
-        yield (
-            f"{recipe}, largest",
-            "",
-            "",
-            "",
-            "",
-            f"{largest.val_loss:.4f}",
-            f"{max(e.test_loss for e in several):.4f}",
-        )
+        val_loss, test_loss = (max(getattr(each, name) for each in several) for name in names[2:])
+        yield f"{recipe}, largest", "", "", "", "", f"{val_loss:.4f}", f"{test_loss:.4f}"
 
 
 def cells(name: str, each: Training, notebook: float, notebook_passed: float) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """What a step of the notebook's recipe costs under ``lit-bnfold fit``, against the notebook's own loop.
 
-Run it with ``python tests/benchmarks/training.py``; it prints its table with hardware, versions and the number of rounds.
+Run it with ``python tests/benchmarks/training.py``; it prints its table with hardware, versions and the number of
+rounds, and where the Trainer's time goes.
 
 Both run inside one fit, with everything that ``lit-bnfold fit`` sets by default: TensorBoard, progress bar, both
 checkpoints and all monitors. Every 50 steps the training batches pause, and the opponents take 25 steps each: the
@@ -48,7 +49,7 @@ Where the Trainer's time goes, as parts of a step of the notebook's loop without
 way with and without: the batch's way through the transfer hooks and a look at the signature of training_step, 0.13 to
 0.15; calling the schedule, 0.06; entering and leaving the profiler that profiles nothing, 26 times, 0.04; both
 checkpoint callbacks, 0.03; monitors and progress bar, at most 0.01 each. The rest is the loop itself: 6 hooks over all
-callbacks, 13 over the module and the strategy, their progress counters and the results of the step.
+callbacks, 13 of the module and 4 of the strategy, progress counters, and the results of the step.
 `training_step(self, dataloader_iter)` leaves out the first of these, and comes to 1.17 to 1.21 and 0.87 to 0.90. It
 is not taken: Lightning calls it experimental and says so on every fit, the module has to move its batches itself, and
 nobody else can hand it batches, so that statistics could not be re-estimated. SGD with foreach or fused, and a garbage
@@ -214,15 +215,8 @@ def rows() -> Iterator[tuple[str, ...]]:
         low, middle, high = statistics.quantiles(ratios, n=4)
         target = f"{TARGETS[name]:.2f}" if name in TARGETS else ""
         # The mean has its part of what comes on some steps only: saved checkpoints, histograms, what is written.
-        mean = sum(ours) / sum(theirs)
-        yield (
-            name,
-            f"{statistics.median(theirs):.0f}",
-            f"{middle:.2f}",
-            f"{low:.2f} to {high:.2f}",
-            f"{mean:.2f}",
-            target,
-        )
+        mean, step = sum(ours) / sum(theirs), statistics.median(theirs)
+        yield name, f"{step:.0f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{mean:.2f}", target
 
 
 def main() -> None:
