@@ -158,6 +158,8 @@ class RandomBatches:
         self.world_size = world_size
         self.replacement = replacement
         self.batches_done = batches_done
+        # Those of the latest block, as the next one goes on with them.
+        self._shuffles: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch of one process."""
@@ -184,8 +186,14 @@ class RandomBatches:
             return torch.randint(examples, shape, generator=self._generator(block))
         start, stop = block * prod(shape), (block + 1) * prod(shape)  # in the stream of all shuffles
         shuffles = range(start // examples, ceil(stop / examples))
-        stream = torch.cat([torch.randperm(examples, generator=self._generator(number)) for number in shuffles])
+        self._shuffles = {number: self._shuffle(number) for number in shuffles}
+        stream = torch.cat(list(self._shuffles.values()))
         return stream[start - shuffles[0] * examples :][: prod(shape)].view(shape)
+
+    def _shuffle(self, number: int) -> Tensor:
+        """Return all indices (N,) in the order of one shuffle."""
+        known = self._shuffles.get(number)
+        return torch.randperm(len(self.examples), generator=self._generator(number)) if known is None else known
 
     def _generator(self, number: int) -> torch.Generator:
         """Return the generator of a block, or of a shuffle."""
