@@ -138,7 +138,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_there_are_configurations() -> None:
-    assert {path.stem for path in CONFIGS} >= {"notebook", "quick", "smoke"}
+    assert {path.stem for path in CONFIGS} == {"best", "fast", "notebook", "quick", "smoke"}
 
 
 def test_a_fit_leaves_whole_files(trained: Run) -> None:
@@ -328,10 +328,25 @@ def words(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("stop", [4, 7, 14], ids=["before_a_save", "in_an_epoch", "in_another_epoch"])
-@pytest.mark.parametrize("how", ["max_steps", "interrupt"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(how: str, stop: int, words: Path, tmp_path: Path) -> None:
-    fit = ["fit", "--config", CONFIGS[0].parent / "smoke.yaml", "--data.words", words, "--data.block_size", 2]
+STOPS = {4: "before_a_save", 7: "in_an_epoch", 14: "in_another_epoch"}
+SHUFFLED = ("--data.replacement", "false", "--model.optimizer", "adamw", "--model.cycle_steps", 25)
+
+
+@pytest.mark.parametrize(
+    ("how", "stop", "recipe"),
+    [
+        *(
+            pytest.param(how, stop, (), id=f"{how}-{STOPS[stop]}")
+            for how in ("max_steps", "interrupt")
+            for stop in STOPS
+        ),
+        pytest.param("interrupt", 14, SHUFFLED, id="shuffled"),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
+    how: str, stop: int, recipe: tuple[Any, ...], words: Path, tmp_path: Path
+) -> None:
+    fit = ["fit", *recipe, "--config", CONFIGS[0].parent / "smoke.yaml", "--data.words", words, "--data.block_size", 2]
     # The learning rate falls and the checkpoint is saved in the middle of what follows.
     fit += ["--model.milestones", "[9]", "--last_checkpoint.every_n_train_steps", 6, "--trainer.max_steps"]
     whole = command(tmp_path / "whole", *fit, 25)

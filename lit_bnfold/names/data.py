@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from math import ceil, isclose
+from math import ceil, isclose, prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lit_bnfold.names.sampling import BLOCK, Sampling
 # The character that ends a word and fills the context before its first letter. Its index is 0.
 END = "."
 
-# Number of indices that one call draws for training, 2,048 batches of 32, so that the call costs a step nothing.
+# Number of examples that are drawn at once for training, 2,048 batches of 32, so that drawing costs a step nothing.
 DRAW = 65_536
 
 # Number of words that are encoded at a time, so that only a few of them take four bytes a letter at once.
@@ -149,13 +149,13 @@ class Examples:
         return len(self.starts)
 
     def __getitem__(self, index: Tensor | slice) -> Batch:
-        """Return the contexts (B, block_size) and the next characters (B,) of B examples, both int64."""
-        window = self.windows[self.starts[index]].long()  # (B, block_size + 1)
-        return window[:, :-1], window[:, -1]
+        """Return the contexts (..., block_size) and the next characters (...) of examples (...), both int64."""
+        window = self.windows[self.starts[index]].long()  # (..., block_size + 1)
+        return window[..., :-1], window[..., -1]
 
 
 class RandomBatches:
-    """Training batches, drawn with replacement from an endless stream.
+    """Training batches, drawn from an endless stream.
 
     Batch number n of the stream depends on the seed and on n alone. A run that goes on after n batches therefore sees
     what it would have seen, whatever stopped it, and nothing about it needs to be saved. Of several processes, each
@@ -169,6 +169,8 @@ class RandomBatches:
         seed: Seed of the stream.
         rank: Number of this process.
         world_size: Number of processes.
+        replacement: Draw each example anew from all of them. Otherwise the stream is one shuffle of the examples after
+            the other, cut into batches that are all full, so that each example comes equally often.
         batches_done: Returns the number of batches that this process has trained on. It is asked when the first batch
             of an epoch is drawn; the default starts every epoch at the beginning of the stream.
     """
@@ -181,6 +183,7 @@ class RandomBatches:
         rank: int = 0,
         world_size: int = 1,
         *,
+        replacement: bool = True,
         batches_done: Callable[[], int] = lambda: 0,
     ) -> None:
         self.examples = examples
@@ -188,7 +191,10 @@ class RandomBatches:
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.replacement = replacement
         self.batches_done = batches_done
+        # Those of the latest block, as the next one goes on with them.
+        self._shuffles: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch of one process."""
@@ -203,15 +209,32 @@ class RandomBatches:
         for step in range(first, first + len(self)):
             block, row = divmod(step * self.world_size + self.rank, rows)
             if drawn != block:
-                indices, drawn = self._draw(block, rows), block
-            yield self.examples[indices[row]]
+                # The examples of a whole block, because to look them up batch by batch takes ten times as long.
+                contexts, targets = self.examples[self._draw(block, rows)]
+                drawn = block
+            yield contexts[row], targets[row]
 
     def _draw(self, block: int, rows: int) -> Tensor:
         """Return the indices (rows, batch_size) of one block of batches."""
-        # The sum of seed and block would give one seed the batches of the next. Python hashes a text, and torch's
+        shape, examples = (rows, self.batch_size), len(self.examples)
+        if self.replacement:
+            return torch.randint(examples, shape, generator=self._generator(block))
+        start, stop = block * prod(shape), (block + 1) * prod(shape)  # in the stream of all shuffles
+        shuffles = range(start // examples, ceil(stop / examples))
+        self._shuffles = {number: self._shuffle(number) for number in shuffles}
+        stream = torch.cat(list(self._shuffles.values()))
+        return stream[start - shuffles[0] * examples :][: prod(shape)].view(shape)
+
+    def _shuffle(self, number: int) -> Tensor:
+        """Return all indices (N,) in the order of one shuffle."""
+        known = self._shuffles.get(number)
+        return torch.randperm(len(self.examples), generator=self._generator(number)) if known is None else known
+
+    def _generator(self, number: int) -> torch.Generator:
+        """Return the generator of a block, or of a shuffle."""
+        # The sum of seed and number would give one seed the batches of the next. Python hashes a text, and torch's
         # generator takes 32 bits.
-        generator = torch.Generator().manual_seed(random.Random(f"{self.seed}, {block}").getrandbits(32))
-        return torch.randint(len(self.examples), (rows, self.batch_size), generator=generator)
+        return torch.Generator().manual_seed(random.Random(f"{self.seed}, {number}").getrandbits(32))
 
     def state_dict(self) -> dict[str, int]:
         """Return what decides, besides the trainer's count of batches, which ones come next.
@@ -223,6 +246,7 @@ class RandomBatches:
             "examples": len(self.examples),
             "batch_size": self.batch_size,
             "world_size": self.world_size,
+            "replacement": self.replacement,
         }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -231,6 +255,8 @@ class RandomBatches:
         Args:
             state_dict: What ``state_dict`` gave for the run that was stopped.
         """
+        # Checkpoints of earlier versions do not say how they drew, as there was one way.
+        state_dict = {**state_dict, "replacement": state_dict.get("replacement", True)}
         if state_dict != self.state_dict():
             rank_zero_warn(
                 f"The resumed run drew its batches with {state_dict} and goes on with {self.state_dict()}, so it will "
@@ -288,8 +314,8 @@ class NameNumbers:
 class NamesDataModule(LightningDataModule):
     """Words as examples of a context of characters and the character that follows, split as in the notebook.
 
-    Training draws its batches with replacement; an epoch is as many batches as the training split fills. A run that
-    is resumed from a checkpoint, wherever it was stopped, sees the batches it would have seen without the stop.
+    Training draws its batches from an endless stream; an epoch is as many batches as the training split fills. A run
+    that is resumed from a checkpoint, wherever it was stopped, sees the batches it would have seen without the stop.
 
     So on one machine a training ends with the same bits each time, in one go or stopped and resumed at any step, with
     the same seeds, versions and number of CPU threads. Another number of threads adds in another order: 2 threads gave
@@ -303,6 +329,8 @@ class NamesDataModule(LightningDataModule):
         seed: Seed of the shuffle before the split, and of the training batches.
         fractions: Parts of the words for training, validation and test, each above 0; their sum is 1.
         eval_batch_size: Examples in a validation or test batch of one process.
+        replacement: Draw each training example from all of them, as the notebook does; false shuffles them, and all
+            have their turn before one comes again.
 
     Attributes:
         sampling: Which names to sample, when a Trainer predicts.
@@ -330,6 +358,7 @@ class NamesDataModule(LightningDataModule):
         seed: int = 42,
         fractions: Sequence[float] = (0.8, 0.1, 0.1),
         eval_batch_size: int = 8192,
+        replacement: bool = True,
     ) -> None:
         super().__init__()
         sizes = {"block_size": block_size, "batch_size": batch_size, "eval_batch_size": eval_batch_size}
@@ -352,6 +381,7 @@ class NamesDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self.fractions = fractions
+        self.replacement = replacement
         self.sampling = Sampling()
 
     @staticmethod
@@ -436,9 +466,14 @@ class NamesDataModule(LightningDataModule):
             _ = self.splits
 
     def train_dataloader(self) -> RandomBatches:
-        """Return batches drawn with replacement, from where the trainer's run stands."""
+        """Return batches drawn at random, from where the trainer's run stands."""
         return RandomBatches(
-            self.splits["train"], self.batch_size, self.seed, *self._process(), batches_done=self._batches_done
+            self.splits["train"],
+            self.batch_size,
+            self.seed,
+            *self._process(),
+            replacement=self.replacement,
+            batches_done=self._batches_done,
         )
 
     def val_dataloader(self) -> SequentialBatches:

@@ -287,10 +287,28 @@ def test_neighbouring_seeds_share_no_batches() -> None:
     assert not first & second
 
 
-def test_the_processes_share_out_one_stream_of_batches() -> None:
-    whole = stream(6)
+def test_without_replacement_all_examples_have_their_turn_before_one_comes_again() -> None:
+    # 100,000 / 700 is no whole number: the last batch of the first epoch has examples of the second shuffle.
+    batches = stream(143, batch_size=700, replacement=False) + stream(143, first=143, batch_size=700, replacement=False)
+    assert {len(batch) for batch in batches} == {700}
+    first, second = torch.cat(batches)[:200_000].view(2, 100_000)
+    assert torch.equal(first.sort().values, torch.arange(100_000))
+    assert torch.equal(second.sort().values, torch.arange(100_000))
+    assert not torch.equal(first, second)
+    for number in (0, 93, 94, 142, 143, 285):
+        assert torch.equal(stream(1, first=number, batch_size=700, replacement=False)[0], batches[number])
+
+
+def test_a_batch_may_hold_all_examples_several_times() -> None:
+    [whole] = stream(1, batch_size=250_000, replacement=False)
+    assert whole.bincount().unique().tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_the_processes_share_out_one_stream_of_batches(replacement: bool) -> None:
+    whole = stream(6, replacement=replacement)
     for rank in (0, 1):
-        part = stream(3, rank=rank, world_size=2)
+        part = stream(3, rank=rank, world_size=2, replacement=replacement)
         assert all(torch.equal(a, b) for a, b in zip(part, whole[rank::2], strict=True))
 
 
@@ -492,6 +510,15 @@ def test_a_run_resumed_with_other_batches_says_so(run: Run) -> None:
         run.fit(ckpt_path=ckpt_path, data=NamesDataModule(run.words, batch_size=8))
 
 
+def test_a_state_of_a_version_that_knew_no_shuffles_is_one_with_replacement() -> None:
+    loader = NamesDataModule().train_dataloader()
+    state = {key: value for key, value in loader.state_dict().items() if key != "replacement"}
+    loader.load_state_dict(state)
+    shuffled = NamesDataModule(replacement=False).train_dataloader()
+    with pytest.warns(UserWarning, match=r"drew its batches with .*'replacement': True.* with .*'replacement': False"):
+        shuffled.load_state_dict(state)
+
+
 def test_two_fits_with_one_seed_are_equal_and_draw_new_batches_in_every_epoch(run: Run) -> None:
     first, second = Recorder(), Recorder()
     assert_same_run(run.fit(first), run.fit(second))
@@ -562,6 +589,6 @@ def test_predicting_needs_no_splits(tmp_path: Path) -> None:
 def test_the_hyperparameters_rebuild_the_data(run: Run) -> None:
     data = NamesDataModule(run.words, block_size=5, batch_size=16)
     hparams = dict(data.hparams)
-    assert {type(value) for value in hparams.values()} == {str, int, list}
+    assert {type(value) for value in hparams.values()} == {str, int, list, bool}
     build: Callable[..., NamesDataModule] = NamesDataModule
     torch.testing.assert_close(build(**hparams).splits["val"][:], data.splits["val"][:])

@@ -111,6 +111,9 @@ def test_the_example_input_runs_in_training_mode_too() -> None:
         ({"milestones": [0]}, "milestones: expected ints of at least 1, got [0]; pass positive whole numbers."),
         ({"lr": 0}, "lr: expected a number above 0, got 0; pass a positive number."),
         ({"gamma": float("nan")}, "gamma: expected a number above 0, got nan; pass a positive number."),
+        ({"cycle_steps": 0}, "cycle_steps: expected ints of at least 1, got [0]; pass positive whole numbers."),
+        ({"weight_decay": -0.1}, "weight_decay: expected a number of at least 0, got -0.1; pass 0 for none."),
+        ({"optimizer": "Adam"}, "optimizer: expected 'sgd' or 'adamw', got 'Adam'; pass one of them."),
     ],
 )
 def test_a_hyperparameter_that_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -211,12 +214,40 @@ def test_a_trainer_that_logs_nothing_can_train() -> None:
     assert barebones.global_step == 3
 
 
-def test_the_learning_rate_falls_at_the_milestones_counted_in_optimizer_steps() -> None:
-    model = BatchNormMLP(lr=1.0, milestones=[2, 5], gamma=0.5)
+def learning_rates(model: BatchNormMLP, **options: Any) -> list[float]:
+    """The learning rate of each step of a fit over epochs of four batches."""
     rates: list[float] = []
     model.on_before_optimizer_step = lambda optimizer: rates.append(optimizer.param_groups[0]["lr"])
-    trainer(max_epochs=2).fit(model, random_batches(4))
-    assert rates == [1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
+    trainer(**options).fit(model, random_batches(4))
+    return rates
+
+
+def test_the_learning_rate_falls_at_the_milestones_counted_in_optimizer_steps() -> None:
+    model = BatchNormMLP(lr=1.0, milestones=[2, 5], gamma=0.5)
+    assert learning_rates(model, max_epochs=2) == [1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
+
+
+def test_the_learning_rate_rises_and_falls_once_in_straight_lines() -> None:
+    model = BatchNormMLP(lr=1.0, milestones=[2], cycle_steps=20, optimizer="adamw")
+    fall = [1 - step / 18 for step in range(1, 19)]
+    assert learning_rates(model, max_epochs=5) == pytest.approx([0.04, 1, *fall], abs=1e-5)
+
+
+def test_a_training_may_stop_within_its_cycle_and_not_go_on_after_it() -> None:
+    assert learning_rates(BatchNormMLP(lr=1.0, cycle_steps=20), max_steps=2) == pytest.approx([0.04, 1])
+    message = "cycle_steps: expected at least the 21 steps of the training, got 20; pass as many, or set the Trainer's"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)} max_steps to 20"):
+        learning_rates(BatchNormMLP(cycle_steps=20), max_steps=21)
+
+
+@pytest.mark.parametrize(("optimizer", "expected"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_the_optimizer_takes_its_hyperparameters(optimizer: Any, expected: type[torch.optim.Optimizer]) -> None:
+    fitted = trainer(max_steps=1)
+    fitted.fit(BatchNormMLP(lr=0.5, optimizer=optimizer, weight_decay=0.07), random_batches(1))
+    [used] = fitted.optimizers
+    assert type(used) is expected
+    assert (used.defaults["lr"], used.defaults["weight_decay"]) == (0.5, 0.07)
+    assert used.defaults.get("betas") == ((0.9, 0.99) if optimizer == "adamw" else None)
 
 
 @pytest.mark.filterwarnings("ignore:`BatchNormMLP.configure_optimizers` will be overridden")
@@ -283,7 +314,8 @@ def test_a_checkpoint_holds_plain_hyperparameters_and_rebuilds_the_model(tmp_pat
     saving.fit(model, random_batches(2))
     saving.save_checkpoint(tmp_path / "model.ckpt")
     assert dict(model.hparams) == {
-        "vocab_size": 27, "block_size": 3, "n_embd": 4, "n_hidden": [9, 8], "lr": 0.1, "milestones": [5], "gamma": 0.1
+        "vocab_size": 27, "block_size": 3, "n_embd": 4, "n_hidden": [9, 8], "lr": 0.1, "milestones": [5], "gamma": 0.1,
+        "optimizer": "sgd", "weight_decay": 0.0, "cycle_steps": None,
     }  # fmt: skip
     loaded = BatchNormMLP.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
     [(contexts, _)] = random_batches(1)

@@ -1,0 +1,157 @@
+"""What the recipes in ``configs/`` come to: the time they take, their validation and test losses, over several seeds.
+
+Run it with ``python tests/benchmarks/recipes.py``, which takes some 20 minutes; it prints its table with hardware and
+versions, and draws ``.github/pictures/recipes.svg``, the picture of the README.
+
+Each training is a process of its own, ``lit-bnfold fit --config configs/<recipe>.yaml --seed_everything <seed>``, and
+its time begins when the process does: Python, torch and Lightning are loaded, the words are read, and at the end the
+network is folded and proven. The recipes take turns, so that a slow minute of the machine is not one recipe's alone.
+Time is that of the processor, which on an idle machine is the time that passes, since each process has one thread; the
+time that passed is in the table as well. All recipes train the same network of 16,651 parameters. They were chosen by
+their validation losses; the test losses are computed once, when all trainings are done.
+
+What else was tried: ``fast`` with 1,068 steps ends at 2.1036 and 2.1069, with 1,246 at 2.1005 and 2.1020; ``best`` with
+80 epochs and a weight decay of 0.07 or 0.1 at 2.0785 and 2.0787, with 100 epochs at 2.0774 and 2.0791.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+
+import lightning
+import torch
+from folding import processor  # the benchmark beside this one
+from jinja2 import Environment, FileSystemLoader
+from rich.console import Console
+from rich.table import Table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[2]
+PICTURE = ROOT / ".github" / "pictures" / "recipes.svg"
+COLOURS = {"notebook": "#d1242f", "fast": "#1a7f37", "best": "#0969da"}
+
+# Each recipe with its seeds, in the order of the runs.
+ORDER = [
+    ("best", 1), ("fast", 1), ("fast", 2), ("notebook", 1), ("fast", 3), ("fast", 4), ("best", 2), ("fast", 5),
+    ("fast", 6), ("best", 3), ("fast", 7),
+]  # fmt: skip
+
+
+@dataclass
+class Training:
+    """One training: its seconds, its losses, and how its validation loss fell."""
+
+    recipe: str
+    seed: int
+    processor: float
+    passed: float
+    val_loss: float
+    curve: list[tuple[float, float]]  # processor seconds since the process began, and the loss then
+    test_loss: float = float("nan")
+
+
+def train(recipe: str, seed: int, root: Path) -> Training:
+    config = ROOT / "configs" / f"{recipe}.yaml"
+    before, start = children_time(), time.time()
+    lit_bnfold("fit", "--config", str(config), "--seed_everything", str(seed), "--trainer.default_root_dir", str(root))
+    processor, passed = children_time() - before, time.time() - start
+    [directory] = (root / "lightning_logs").iterdir()
+    report = json.loads((directory / "folding.json").read_text(encoding="utf-8"))
+    events = EventAccumulator(str(directory)).Reload().Scalars("val/loss")
+    curve = [((event.wall_time - start) * processor / passed, event.value) for event in events]
+    return Training(recipe, seed, processor, passed, report["validation"]["original"]["val/loss"], curve)
+
+
+def test_loss(root: Path) -> float:
+    [checkpoint] = root.glob("lightning_logs/*/checkpoints/last.ckpt")
+    said = lit_bnfold("test", "--ckpt_path", str(checkpoint), "--trainer.enable_progress_bar", "false")
+    found = re.search(r"test/loss\D*([\d.]+)", said)
+    assert found, said
+    return float(found.group(1))
+
+
+def lit_bnfold(*arguments: str) -> str:
+    command = [sys.executable, "-m", "lit_bnfold", *arguments]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    return subprocess.run(command, cwd=ROOT, check=True, **quiet).stdout
+
+
+def children_time() -> float:
+    """Processor seconds of all processes that this one has waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def trainings(order: Sequence[tuple[str, int]] = ORDER) -> list[Training]:
+    with tempfile.TemporaryDirectory() as directory:
+        roots = [Path(directory, f"{recipe}-{seed}") for recipe, seed in order]
+        done = []
+        for (recipe, seed), root in zip(order, roots, strict=True):
+            done.append(train(recipe, seed, root))
+            print(done[-1].recipe, seed, f"{done[-1].processor:.1f} s, val {done[-1].val_loss:.4f}", file=sys.stderr)
+        for training, root in zip(done, roots, strict=True):
+            training.test_loss = test_loss(root)
+    return done
+
+
+def rows(done: Sequence[Training]) -> Iterator[tuple[str, ...]]:
+    """Each training, and below the trainings of a recipe what they come to."""
+    by_recipe = {recipe: [each for each in done if each.recipe == recipe] for recipe in COLOURS}
+    notebook = statistics.mean(each.processor for each in by_recipe["notebook"])
+    notebook_passed = statistics.mean(each.passed for each in by_recipe["notebook"])
+    for recipe, several in by_recipe.items():
+        for each in several:
+            yield cells(f"{recipe}, seed {each.seed}", each, notebook, notebook_passed)
+        names = ("processor", "passed", "val_loss", "test_loss")
+        means = {name: statistics.mean(getattr(each, name) for each in several) for name in names}
+        yield cells(
+            f"{recipe}, mean of {len(several)}", Training(recipe, 0, curve=[], **means), notebook, notebook_passed
+        )
+        val_loss, test_loss = (max(getattr(each, name) for each in several) for name in names[2:])
+        yield f"{recipe}, largest", "", "", "", "", f"{val_loss:.4f}", f"{test_loss:.4f}"
+
+
+def cells(name: str, each: Training, notebook: float, notebook_passed: float) -> tuple[str, ...]:
+    shares = f"{each.processor / notebook:.1%}", f"{each.passed / notebook_passed:.1%}"
+    times = f"{each.processor:.1f}", shares[0], f"{each.passed:.1f}", shares[1]
+    return (name, *times, f"{each.val_loss:.4f}", f"{each.test_loss:.4f}")
+
+
+def draw(done: Sequence[Training]) -> str:
+    """Return the picture of time against validation loss as an SVG: a line for each training, a dot for its end."""
+
+    def x(seconds: float) -> float:
+        return round(60 + 640 * log(seconds / 5) / log(400 / 5), 1)
+
+    def y(loss: float) -> float:
+        return round(340 - 300 * (loss - 2.05) / (2.32 - 2.05), 1)
+
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return environment.get_template("recipes.svg.jinja").render(trainings=done, colours=COLOURS, x=x, y=y)
+
+
+def main() -> None:
+    done = trainings()
+    title = f"{processor()}, torch {torch.__version__}, lightning {lightning.__version__}, one thread"
+    heads = ("recipe", "processor s", "of notebook", "passed s", "of notebook", "val/loss", "test/loss")
+    table = Table(*heads, title=title)
+    for row in rows(done):
+        table.add_row(*row, end_section=row[0].endswith("largest"))
+    Console(width=120).print(table)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    PICTURE.write_text(draw(done), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
