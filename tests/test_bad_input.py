@@ -536,6 +536,8 @@ def test_any_manifest_is_a_plan_or_refused_with_the_place(count: int) -> None:
         (("folds", 0, "batchnorm"), ("replace", "b")),
         (("kept", 0, "batchnorm"), ("replace", "b")),
         (("version",), ("replace", True)),
+        (("version",), ("replace", 10**400)),
+        (("version",), ("replace", 10**5000)),
     ]
     run_cases(case, changes | added | JSON, count, *examples)
 
