@@ -152,11 +152,11 @@ def test_any_words_file_is_read_as_it_is_or_refused_with_its_line(count: int, tm
         except ValueError as error:
             assert str(error).startswith(f"{path}: expected words for every split, got {len(words)} word")
             return
-        spelled: list[str] = []
+        itos, spelled = data.itos, list[str]()
         for examples in data.splits.values():
             contexts, targets = examples[:]
             assert contexts.shape == (len(targets), data.block_size)
-            spelled += "".join(data.itos[index] for index in targets.tolist()).removesuffix(END).split(END)
+            spelled += "".join(itos[index] for index in targets.tolist()).removesuffix(END).split(END)
         assert sorted(spelled) == sorted(words)
 
     run_cases(case, words_files(), count, b"", b"\xef\xbb\xbf", b"a\n\xed\xa0\x80\n", b"..", b"\0\n" * 30)
@@ -536,6 +536,8 @@ def test_any_manifest_is_a_plan_or_refused_with_the_place(count: int) -> None:
         (("folds", 0, "batchnorm"), ("replace", "b")),
         (("kept", 0, "batchnorm"), ("replace", "b")),
         (("version",), ("replace", True)),
+        (("version",), ("replace", 10**400)),
+        (("version",), ("replace", 10**5000)),
     ]
     run_cases(case, changes | added | JSON, count, *examples)
 

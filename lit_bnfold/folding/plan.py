@@ -175,7 +175,9 @@ class FoldingPlan:
         """
         version = plan.get("version") if isinstance(plan, dict) else None
         if type(version) is not int or version != MANIFEST_VERSION:
-            raise FoldingError(f"Expected a folding plan of version {MANIFEST_VERSION}, got version {version!r}.")
+            raise FoldingError(
+                f"Expected a folding plan of version {MANIFEST_VERSION}, got version {_shortened(version)}."
+            )
         given = _fields(plan, _PLAN, "the plan")
         folds = tuple(_fold_from_dict(fold, f"folds[{index}]") for index, fold in enumerate(given["folds"]))
         kept = tuple(Kept(**_fields(each, _KEPT, f"kept[{index}]")) for index, each in enumerate(given["kept"]))
@@ -251,7 +253,10 @@ def _not_a_plan(place: str, expected: str, found: Any) -> FoldingError:
 
 def _shortened(found: Any) -> str:
     """A value as it is written in Python, cut where it gets long."""
-    said = repr(found)
+    try:
+        said = repr(found)
+    except ValueError:  # Python writes no number of more than some thousand digits.
+        said = f"{type(found).__name__} with a number that is too long to write"
     return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
 
 

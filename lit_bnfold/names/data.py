@@ -89,7 +89,8 @@ def read_words(path: Path) -> list[str]:
         raise ValueError(f"{path}, line {words.index('') + 1}: expected a word, found an empty line; remove the line.")
     if END in text:
         line = text.count("\n", 0, text.index(END)) + 1
-        raise ValueError(f"{path}, line {line}: {words[line - 1]!r} contains {END!r}, which ends a word; remove it.")
+        word = words[line - 1] if len(words[line - 1]) <= 80 else f"{words[line - 1][:80]}..."
+        raise ValueError(f"{path}, line {line}: {word!r} contains {END!r}, which ends a word; remove it.")
     return words
 
 
