@@ -31,6 +31,7 @@ from lit_bnfold.folding.graph import FoldingError
 from lit_bnfold.folding.kinds import KINDS, NORMALISING, Kinds, LayerKind, Rest
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
 from lit_bnfold.folding.transparent import UNTOUCHED
+from lit_bnfold.folding.turn import TURN
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -51,9 +52,10 @@ def apply_plan(plan: FoldingPlan, model: _Model, *, inplace: bool = False, kinds
     Raises:
         FoldingError: If the plan does not fit the model; then the model is as it was.
     """
-    _check_fit(plan, model, kinds)
-    _check_obstacles(plan, model, kinds)
-    return fold_model(plan, model, inplace=inplace, kinds=kinds)
+    with TURN:
+        _check_fit(plan, model, kinds)
+        _check_obstacles(plan, model, kinds)
+        return fold_model(plan, model, inplace=inplace, kinds=kinds)
 
 
 def fold_model(plan: FoldingPlan, model: _Model, *, inplace: bool, kinds: Kinds) -> _Model:
