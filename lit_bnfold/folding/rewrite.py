@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -292,9 +292,15 @@ class _WithoutNormalisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@cache
+# Weakly, for classes may be made while the process runs, and go again.
+_rests: WeakValueDictionary[Any, Any] = WeakValueDictionary()
+
+
 def _rest_of(kind: Any) -> Any:
     """A class that runs the forward of a BatchNorm's class, with its normalisation left out."""
+    known = _rests.get(kind)
+    if known is not None:
+        return known
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _WithoutNormalisation():
@@ -304,7 +310,8 @@ def _rest_of(kind: Any) -> Any:
         return _new_rest, (kind,), vars(self)
 
     body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
-    return type(kind.__name__, (Rest, kind), body)
+    _rests[kind] = rest = type(kind.__name__, (Rest, kind), body)
+    return rest
 
 
 def _new_rest(kind: Any) -> Any:
