@@ -29,6 +29,7 @@ from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
 from lit_bnfold.folding.rewrite import fold_model
 from lit_bnfold.folding.search import make_plan
 from lit_bnfold.folding.trial import in_float64, obstacle_to, run_as_it_is
+from lit_bnfold.folding.turn import TURN
 
 __all__ = [
     "BatchNormKind",
@@ -60,6 +61,10 @@ def plan_folding(
     If the second run does or gives something else, twice in a row and, if it is not too large, in float64 as well, then
     nothing can be folded.
 
+    Threads that fold at the same time take turns, and another thread may go on running the model. What a thread that
+    does something else draws meanwhile from the global random generators of torch, numpy or Python, it may draw again
+    afterwards, for they are put back.
+
     Args:
         model: The model.
         example_args: Positional arguments of a real call: tensors of any shape that the model takes. A batch of at
@@ -80,12 +85,13 @@ def plan_folding(
         'it normalises what `relu` in `0` made, which is no layer; and the output of `1` is returned by the model'
     """
     example = (tuple(example_args), dict(example_kwargs or {}))
-    found = _planned(model, *example, kinds)
-    if found.obstacle is not None:
-        # Perhaps the model has filled a cache that outlives it, and does less from now on.
+    with TURN:
         found = _planned(model, *example, kinds)
-    if found.obstacle is not None and found.obstacle[0] == "unexplained":
-        found = _without_rounding(found, model, *example, kinds)
+        if found.obstacle is not None:
+            # Perhaps the model has filled a cache that outlives it, and does less from now on.
+            found = _planned(model, *example, kinds)
+        if found.obstacle is not None and found.obstacle[0] == "unexplained":
+            found = _without_rounding(found, model, *example, kinds)
     return found.plan if found.obstacle is None else found.plan.keeping_all(*found.obstacle, order=found.order)
 
 
@@ -103,7 +109,8 @@ def fold_batchnorm(
         model: The model, in whatever mode; it is folded as it would run in eval mode.
         example_args: Positional arguments of a real call: tensors of any shape that the model takes.
         example_kwargs: Keyword arguments of that call.
-        inplace: Whether to fold ``model`` itself. Otherwise it stays as it is and a copy is folded.
+        inplace: Whether to fold ``model`` itself, which nobody may run meanwhile. Otherwise it stays as it is and a
+            copy is folded.
         kinds: Classes of your own that are to count as layers or as BatchNorms too.
 
     Returns:
@@ -119,8 +126,10 @@ def fold_batchnorm(
         >>> x = torch.randn(4, 3)
         >>> torch.testing.assert_close(fold_batchnorm(model, (x,))(x), model(x))
     """
-    plan = plan_folding(model, example_args, example_kwargs, kinds=kinds)
-    return fold_model(plan, model, inplace=inplace, kinds=kinds)
+    # One turn for both: a plan that was made for the model just now needs no check.
+    with TURN:
+        plan = plan_folding(model, example_args, example_kwargs, kinds=kinds)
+        return fold_model(plan, model, inplace=inplace, kinds=kinds)
 
 
 class _Found(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 # These only give objects of older versions what they lack.
 _USUAL_SETSTATE = (nn.Module.__setstate__, _ConvNd.__setstate__)
+
+# Weakly, for a parametrization makes a class of its own for each module.
+_copied_as_usual: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
 
 def twin_of(model: _Model) -> _Model:
@@ -123,11 +126,12 @@ def _is_bare(value: Any) -> bool:
 
 
 def _is_ordinary(module: nn.Module) -> bool:
-    kind: Any = type(module)
-    return _is_copied_as_usual(kind)
+    kind = type(module)
+    if kind not in _copied_as_usual:
+        _copied_as_usual[kind] = _is_copied_as_usual(kind)
+    return _copied_as_usual[kind]
 
 
-@cache
 def _is_copied_as_usual(kind: Any) -> bool:
     """Whether a copy of such a module is a new object with copies of all attributes."""
     return (

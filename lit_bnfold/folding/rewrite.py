@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from lit_bnfold.folding.graph import FoldingError
 from lit_bnfold.folding.kinds import KINDS, NORMALISING, Kinds, LayerKind, Rest
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
 from lit_bnfold.folding.transparent import UNTOUCHED
+from lit_bnfold.folding.turn import TURN
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -51,9 +52,10 @@ def apply_plan(plan: FoldingPlan, model: _Model, *, inplace: bool = False, kinds
     Raises:
         FoldingError: If the plan does not fit the model; then the model is as it was.
     """
-    _check_fit(plan, model, kinds)
-    _check_obstacles(plan, model, kinds)
-    return fold_model(plan, model, inplace=inplace, kinds=kinds)
+    with TURN:
+        _check_fit(plan, model, kinds)
+        _check_obstacles(plan, model, kinds)
+        return fold_model(plan, model, inplace=inplace, kinds=kinds)
 
 
 def fold_model(plan: FoldingPlan, model: _Model, *, inplace: bool, kinds: Kinds) -> _Model:
@@ -299,9 +301,15 @@ def _zeros(input: Tensor) -> Tensor:
     return input.new_zeros(()).expand(input.shape)
 
 
-@cache
+# Weakly, for classes may be made while the process runs, and go again.
+_rests: WeakValueDictionary[Any, Any] = WeakValueDictionary()
+
+
 def _rest_of(kind: Any, direction: str) -> Any:
     """A class that runs the forward of a BatchNorm's class, with its normalisation left out."""
+    known = _rests.get((kind, direction))
+    if known is not None:
+        return known
     gives = _zeros if direction == "parallel" else nn.Identity()
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -312,7 +320,8 @@ def _rest_of(kind: Any, direction: str) -> Any:
         return _new_rest, (kind, direction), vars(self)
 
     body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
-    return type(kind.__name__, (Rest, kind), body)
+    _rests[kind, direction] = rest = type(kind.__name__, (Rest, kind), body)
+    return rest
 
 
 def _new_rest(kind: Any, direction: str) -> Any:
