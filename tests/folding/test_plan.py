@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -398,6 +399,52 @@ def test_plan_of_an_unknown_version_or_shape_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(FoldingError, match=r"folding plan of version 1|FoldingPlan.to_dict"):
             FoldingPlan.from_dict(bad)  # type: ignore[arg-type]
+
+
+def test_columns_of_the_table_are_as_wide_as_the_longest_name() -> None:
+    plan = FoldingPlan((Fold("b", (Part("x"), Part("y")), note="it costs"),), (Kept("longest", "because", "code"),))
+    assert str(plan) == "b        folded backward into x, y; it costs\nlongest  kept: because"
+
+
+def test_part_of_an_older_plan_is_neither_baked_nor_a_function() -> None:
+    plan = FoldingPlan((Fold("bn", (Part("fc", (0, 1)),)),)).to_dict()
+    fold = plan["folds"][0]
+    del fold["note"], fold["eps"], fold["parts"][0]["baked"], fold["parts"][0]["function"]
+    assert FoldingPlan.from_dict(plan) == FoldingPlan((Fold("bn", (Part("fc", (0, 1)),)),))
+
+
+def test_everything_in_a_plan_comes_back_with_its_type() -> None:
+    part = Part("fc", (0, -1), shift=0.5, baked=True, function="linear")
+    whole = FoldingPlan((Fold("bn", (part,), "forward", "it costs", 0.0),), (Kept("b", "because", "code"),))
+    again = FoldingPlan.from_dict(whole.to_dict())
+    assert again == whole
+    assert repr(again) == repr(whole)
+    assert again.to_dict() == {
+        "version": 1,
+        "folds": [
+            {
+                "batchnorm": "bn",
+                "parts": [{"layer": "fc", "channels": [0, -1], "shift": 0.5, "baked": True, "function": "linear"}],
+                "direction": "forward",
+                "note": "it costs",
+                "eps": 0.0,
+            }
+        ],
+        "kept": [{"batchnorm": "b", "reason": "because", "code": "code"}],
+    }
+
+
+def test_plan_that_keeps_all_is_in_the_order_that_is_asked_for() -> None:
+    plan = FoldingPlan((Fold("c", (Part("x"),)), Fold("a", (Part("y"),))), (Kept("b", "because", "code"),))
+    assert plan.keeping_all("other", "why", ["a", "b", "c"]) == FoldingPlan(
+        kept=(Kept("a", "why", "other"), Kept("b", "because", "code"), Kept("c", "why", "other"))
+    )
+
+
+@pytest.mark.parametrize("record", [Part("fc"), Fold("bn", ()), Kept("bn", "because", "code"), FoldingPlan()])
+def test_plan_cannot_be_changed(record: Any) -> None:
+    with pytest.raises(FrozenInstanceError):
+        setattr(record, next(iter(vars(record))), "other")
 
 
 def test_model_without_batchnorms_has_an_empty_plan(judge: Judge) -> None:
