@@ -102,7 +102,7 @@ def _compact(labels: Tensor) -> Tensor:
     """Shrink to size 1 every axis on which nothing depends, so that equal maps have equal labels."""
     for axis in range(labels.dim()):
         first = labels.narrow(axis, 0, 1)
-        if labels.shape[axis] > 1 and bool((labels == first).all()):
+        if bool((labels == first).all()):
             labels = first
     return labels
 
@@ -157,7 +157,7 @@ def _view_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 
 def _view_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     before, after = _shapes(graph, call)
-    moved = _compact(_reshape_labels(labels, after, before))
+    moved = _reshape_labels(labels, after, before)
     _check_short_axes(graph, call, moved, labels)
     return moved
 
