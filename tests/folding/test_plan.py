@@ -340,6 +340,30 @@ def test_sequence_averaged_over_its_steps_is_folded(judge: Judge, net: Any) -> N
     judge(model, SEQUENCE, folds={"bn": ["fc"]}, others=[(torch.randn(2, 7, 3).double(),)])
 
 
+@pytest.mark.parametrize("average", [lambda h: h.mean((2, 3), keepdim=True), nn.AdaptiveAvgPool2d(1)])
+@pytest.mark.parametrize("view", [lambda h: h.flatten(1), lambda h: h.view(-1, 4), lambda h: h.view(len(h), 4)])
+def test_image_averaged_to_one_place_and_flattened_is_folded(average: Any, view: Any, judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(view(average(m.conv(x)))), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm1d(4))
+    others = [(torch.randn(shape).double(),) for shape in ((1, 3, 4, 4), (2, 3, 2, 5), (3, 3, 1, 1))]
+    judge(model, torch.randn(2, 3, 4, 5).double(), folds={"bn": ["conv"]}, others=others)
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda h: h.mean(2, keepdim=True),
+        lambda h: h.mean(2),
+        lambda h: nn.functional.adaptive_avg_pool2d(h, (1, None)),
+    ],
+)
+def test_axis_of_one_that_was_not_averaged_away_may_grow_into_the_channels(
+    average: Any, judge: Judge, net: Any
+) -> None:
+    model = net(lambda m, x: m.bn(average(m.conv(x)).reshape(-1, 4)), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm1d(4))
+    narrow, wide = torch.randn(2, 3, 4, 1).double(), torch.randn(2, 3, 4, 2).double()
+    judge(model, narrow, kept={"bn": "not-transparent"}, others=[(narrow,), (wide,)])
+
+
 def test_average_over_the_channels_is_kept(judge: Judge, net: Any) -> None:
     model = net(lambda m, x: m.bn(m.fc(x).mean(2)))
     judge(model, SEQUENCE, kept={"bn": "channel-axis"})
