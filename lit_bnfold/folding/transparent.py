@@ -319,8 +319,6 @@ def _pick_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
         labels = channels.labels
         if labels.shape[axis] > 1:
             labels = labels.index_select(axis, _positions_picked(graph, call, output))
-        elif _removes_axis(call):
-            labels = labels.narrow(axis, 0, 1)
         picked.append(channels.with_labels(labels.squeeze(axis) if _removes_axis(call) else labels))
     return picked
 
@@ -329,7 +327,7 @@ def _pick_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
 
 
 def _joined(graph: ValueGraph, call: Call) -> list[int]:
-    joined = [ref.value for ref in call.args[0] if isinstance(ref, Ref)]
+    joined = [ref.value for ref in call.args[0]]
     if len({len(graph.values[index].shape) for index in joined}) > 1:
         raise NotTransparent("joins tensors of different ranks")
     return joined

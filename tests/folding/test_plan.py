@@ -325,6 +325,27 @@ def test_chunks_normalised_by_two_batchnorms_are_folded(judge: Judge, net: Any) 
     judge(model, X, folds={"bn1": ["fc"], "bn2": ["fc"]})
 
 
+def test_last_step_of_a_sequence_is_folded(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x)[:, -1])), SEQUENCE, folds={"bn": ["fc"]})
+
+
+def test_last_step_is_kept_if_another_one_is_read_as_it_is(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        return m.bn(h[:, -1]) + h[:, 0].tanh()
+
+    judge(net(forward), SEQUENCE, kept={"bn": "channel-axis"})
+
+
+@pytest.mark.parametrize("pick", [lambda h: (h[:, 0], h[:, 1]), lambda h: h.unbind(1)])
+def test_step_of_a_stack_is_folded_whatever_the_others_are(pick: Any, judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        normalised, other = pick(torch.stack([m.fc(x), x.new_ones(len(x), 4)], 1))
+        return m.bn(normalised) * other.tanh()
+
+    judge(net(forward), X, folds={"bn": ["fc"]})
+
+
 def test_flattened_steps_of_a_sequence_are_folded(judge: Judge, net: Any) -> None:
     model = net(lambda m, x: m.bn(m.fc(x).flatten(0, 1)).view(*x.shape[:2], 4))
     judge(model, SEQUENCE, folds={"bn": ["fc"]}, others=[(torch.randn(2, 7, 3).double(),)])

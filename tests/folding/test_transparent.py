@@ -46,6 +46,7 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Operation]] = {
     "select": ([(2, 3, 4)], lambda x: x.select(1, 2)),
     "select from the end": ([(2, 3, 4)], lambda x: x[:, -1]),
     "slice": ([(2, 7)], lambda x: x[:, 1:6]),
+    "slice of two": ([(3, 2)], lambda x: x[:, 1:]),
     "slice with steps": ([(2, 7)], lambda x: x[:, 1::2]),
     "slice from the end": ([(2, 7)], lambda x: x[:, -3:-1]),
     "slice of the first axis": ([(5, 3)], lambda x: x[1:3]),
@@ -278,12 +279,46 @@ def test_axis_of_one_that_vanishes_beside_the_channels_is_refused_both_ways(
         RULES[call.name].down(graph, call, {call.inputs[0]: Channels.along(shape.index(3), 3, len(shape))})
 
 
+def test_single_channel_is_on_every_axis_of_one(net: Any) -> None:
+    graph, call = recorded(net, lambda x: x.view(1, 1), [torch.randn(())])
+    ((_, asked),) = RULES[call.name].up(graph, call, 0, Channels.along(1, 1, 2))
+    assert asked.labels.shape == ()
+    (found,) = RULES[call.name].down(graph, call, {call.inputs[0]: asked})
+    assert found.same_as(Channels.along(1, 1, 2))
+
+
 def test_cast_to_whole_numbers_is_refused_both_ways(net: Any) -> None:
     graph, call = recorded(net, lambda x: x.to(torch.int64), [torch.randn(2, 3)])
     with pytest.raises(NotTransparent, match="cannot be scaled"):
         RULES[call.name].down(graph, call, {call.inputs[0]: Channels.along(1, 3, 2)})
     with pytest.raises(NotTransparent, match="cannot be scaled"):
         RULES[call.name].up(graph, call, 0, Channels.along(1, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("operation", "output", "whole"),
+    [
+        (lambda x: x[:, 2].relu(), 0, True),
+        (lambda x: x[:, 2].relu() + x[:, 0], 0, False),
+        (lambda x: x.unbind(1)[2].relu(), 2, True),
+        (lambda x: [x.unbind(1)[2].relu(), x.unbind(1)[2]], 2, False),
+        (lambda x: [y.relu() for y in x.unbind(1)[1:]], 2, False),
+        (lambda x: [y.relu() for y in x.split(1, 1)], 2, False),
+        (lambda x: x.split(1, 1)[2].relu(), 2, True),
+    ],
+)
+def test_position_that_is_picked_asks_for_all_of_them_where_nothing_else_is_read(
+    operation: Operation, output: int, whole: bool, net: Any
+) -> None:
+    graph, _ = recorded(net, operation, [torch.randn(2, 3, 4)])
+    call = next(call for call in graph.calls if call.name in RULES)
+    rank = len(graph.values[call.outputs[output]].shape)
+    ((_, asked),) = RULES[call.name].up(graph, call, output, Channels.along(rank - 1, 4, rank))
+    if whole:
+        assert asked.same_as(Channels.along(2, 4, 3))
+    else:
+        nothing = [UNTOUCHED] * 4
+        assert asked.labels.tolist() == [[nothing, nothing, [0, 1, 2, 3]]]
 
 
 def test_maps_are_the_same_if_elements_and_share_of_the_shift_are() -> None:
