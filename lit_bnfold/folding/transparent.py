@@ -102,7 +102,7 @@ def _compact(labels: Tensor) -> Tensor:
     """Shrink to size 1 every axis on which nothing depends, so that equal maps have equal labels."""
     for axis in range(labels.dim()):
         first = labels.narrow(axis, 0, 1)
-        if labels.shape[axis] > 1 and bool((labels == first).all()):
+        if bool((labels == first).all()):
             labels = first
     return labels
 
@@ -157,7 +157,7 @@ def _view_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 
 def _view_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     before, after = _shapes(graph, call)
-    moved = _compact(_reshape_labels(labels, after, before))
+    moved = _reshape_labels(labels, after, before)
     _check_short_axes(graph, call, moved, labels)
     return moved
 
@@ -206,7 +206,7 @@ def _check_short_axes(graph: ValueGraph, call: Call, labels: Tensor, moved: Tens
     before, after = _shapes(graph, call)
     (left, right), (moved_left, moved_right) = _short_axes(labels, before), _short_axes(moved, after)
     left_is_known = left <= moved_left or _joins_before_channels(call, labels, moved)
-    right_is_known = right <= moved_right or _is_average(graph, call)
+    right_is_known = right <= moved_right or _is_average(graph, call, labels)
     if not (left_is_known and right_is_known):
         raise NotTransparent("removes an axis of size 1: an example of at least 2 there would show what it really does")
 
@@ -219,20 +219,28 @@ def _joins_before_channels(call: Call, labels: Tensor, moved: Tensor) -> bool:
     return -1 in sizes and sizes.index(-1) < _first_axis(moved)
 
 
-def _is_average(graph: ValueGraph, call: Call) -> bool:
-    """Whether axes of size 1 are what an average left of longer ones, and so never grow."""
-    maker = graph.maker(graph.values[call.inputs[0]])
-    return maker is not None and (maker.name == "aten.mean.dim" or maker.name.startswith("aten._adaptive_avg_pool"))
+def _is_average(graph: ValueGraph, call: Call, labels: Tensor) -> bool:
+    """Whether every axis of size 1 behind the channels is what an average left of a longer one, and so never grows."""
+    value = graph.values[call.inputs[0]]
+    maker = graph.maker(value)
+    if maker is None or not maker.name.startswith(("aten.mean.dim", "aten._adaptive_avg_pool")):
+        return False
+    averaged, last = graph.values[maker.inputs[0]].shape, _last_axis(labels)
+    pairs = list(zip(averaged[last + 1 :], value.shape[last + 1 :], strict=False))
+    return len(averaged) == len(value.shape) and all(before > 1 for before, after in pairs if after == 1)
 
 
 def _short_axes(labels: Tensor, shape: tuple[int, ...]) -> tuple[int, int]:
     """How many axes of size 1 a value has before and after those that its channels lie on."""
-    first, last = _first_axis(labels), labels.dim() - _first_axis(labels.permute(*range(labels.dim())[::-1]))
-    return shape[:first].count(1), shape[last:].count(1)
+    return shape[: _first_axis(labels)].count(1), shape[_last_axis(labels) + 1 :].count(1)
 
 
 def _first_axis(labels: Tensor) -> int:
     return next(axis for axis, size in enumerate(labels.shape) if size > 1)
+
+
+def _last_axis(labels: Tensor) -> int:
+    return max(axis for axis, size in enumerate(labels.shape) if size > 1)
 
 
 def _squeeze_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
@@ -256,7 +264,7 @@ def _same(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 
 
 def _cast(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    for index in (*call.inputs[:1], *call.outputs):
+    for index in (*call.inputs, *call.outputs):
         if not graph.values[index].dtype.is_floating_point:
             raise NotTransparent("turns into numbers that cannot be scaled")
     return labels
@@ -311,8 +319,6 @@ def _pick_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
         labels = channels.labels
         if labels.shape[axis] > 1:
             labels = labels.index_select(axis, _positions_picked(graph, call, output))
-        elif _removes_axis(call):
-            labels = labels.narrow(axis, 0, 1)
         picked.append(channels.with_labels(labels.squeeze(axis) if _removes_axis(call) else labels))
     return picked
 
@@ -321,7 +327,7 @@ def _pick_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
 
 
 def _joined(graph: ValueGraph, call: Call) -> list[int]:
-    joined = [ref.value for ref in call.args[0] if isinstance(ref, Ref)]
+    joined = [ref.value for ref in call.args[0]]
     if len({len(graph.values[index].shape) for index in joined}) > 1:
         raise NotTransparent("joins tensors of different ranks")
     return joined

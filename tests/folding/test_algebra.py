@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_bnfold.folding.algebra import fold_into_outputs, round_like, scale_and_shift
+from lit_bnfold.folding.algebra import (
+    add_identity,
+    fold_into_inputs,
+    fold_into_outputs,
+    fold_into_rows,
+    round_like,
+    rounding_gain,
+    scale_and_shift,
+)
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -108,6 +116,59 @@ def test_arguments_are_left_alone() -> None:
     before = [tensor.clone() for tensor in given]
     fold_into_outputs(*given)
     assert_equal(given, before)
+
+
+@pytest.mark.parametrize("most", [1, 4, 9, 10, 1000])
+def test_a_weight_of_several_blocks_is_multiplied_whole(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_bnfold.folding.algebra._BLOCK", most)
+    weight, (scale, shift) = torch.randn(7, 3), torch.randn(2, 7).double()
+    folded, _ = fold_into_outputs(weight, None, scale, shift)
+    assert torch.equal(folded, (weight.double() * scale[:, None]).float())
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+def test_a_weight_without_numbers_is_none_to_multiply(shape: tuple[int, int]) -> None:
+    weight, scale, shift = torch.randn(shape), torch.ones(shape[0]).double(), torch.ones(shape[0]).double()
+    folded, bias = fold_into_outputs(weight, None, scale, shift)
+    assert folded.shape == shape
+    assert bias.tolist() == shift.tolist()
+
+
+def test_folded_weights_ask_for_no_gradient() -> None:
+    weight, scale, shift = torch.randn(5, 3, requires_grad=True), torch.ones(5).double(), torch.zeros(5).double()
+    with torch.no_grad():
+        folded = fold_into_outputs(weight, None, scale, shift), fold_into_inputs(weight, None, scale[:3], shift[:3])
+        folded += (add_identity(weight[:3], None, scale[:3], shift[:3]),)
+    assert not any(tensor.requires_grad for pair in folded for tensor in pair)
+
+
+def test_a_row_of_an_embedding_is_mapped_as_its_output_is() -> None:
+    weight, scale, shift = torch.randn(4, 3), torch.randn(3).double(), torch.randn(3).double()
+    assert torch.equal(fold_into_rows(weight, scale, shift), (scale * weight.double() + shift).float())
+
+
+@pytest.mark.parametrize(
+    ("mean", "var", "weight", "bias", "expected"),
+    [
+        (0.0, 1.0, 0.5, 0.0, 1.0),
+        (0.0, 1.0 / 4, 3.0, 0.0, 6.0),
+        (3.0, 4.0, 1.0, 0.0, 2.5),  # (3 + 2) / 2
+        (-3.0, 4.0, -2.0, 3.0, 1.0),  # (3 + 2) / (2 + 3)
+        (6.0, 4.0, 1e-6, 0.0, 4.0),  # (6 + 2) / 2, however small what comes out is
+        (30.0, 4.0, 2.0, 2.0, 8.0),  # (30 + 2) / (2 + 2)
+        (5.0, 1.0, 0.0, 0.0, 1.0),
+    ],
+)
+def test_rounding_errors_grow_by_the_scale_or_by_what_cancels_out(
+    mean: float, var: float, weight: float, bias: float, expected: float
+) -> None:
+    channel = [torch.tensor([number], dtype=torch.float64) for number in (mean, var, weight, bias, 0.0)]
+    assert float(rounding_gain(*channel)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_eps_lessens_how_rounding_errors_grow() -> None:
+    channel = [torch.tensor([number], dtype=torch.float64) for number in (0.0, 1e-8, 1.0, 0.0, 0.25)]
+    assert float(rounding_gain(*channel)) == pytest.approx(2.0, rel=1e-6)
 
 
 def assert_equal(found: object, expected: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -326,6 +327,27 @@ def test_chunks_normalised_by_two_batchnorms_are_folded(judge: Judge, net: Any) 
     judge(model, X, folds={"bn1": ["fc"], "bn2": ["fc"]})
 
 
+def test_last_step_of_a_sequence_is_folded(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x)[:, -1])), SEQUENCE, folds={"bn": ["fc"]})
+
+
+def test_last_step_is_kept_if_another_one_is_read_as_it_is(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        return m.bn(h[:, -1]) + h[:, 0].tanh()
+
+    judge(net(forward), SEQUENCE, kept={"bn": "channel-axis"})
+
+
+@pytest.mark.parametrize("pick", [lambda h: (h[:, 0], h[:, 1]), lambda h: h.unbind(1)])
+def test_step_of_a_stack_is_folded_whatever_the_others_are(pick: Any, judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        normalised, other = pick(torch.stack([m.fc(x), x.new_ones(len(x), 4)], 1))
+        return m.bn(normalised) * other.tanh()
+
+    judge(net(forward), X, folds={"bn": ["fc"]})
+
+
 def test_flattened_steps_of_a_sequence_are_folded(judge: Judge, net: Any) -> None:
     model = net(lambda m, x: m.bn(m.fc(x).flatten(0, 1)).view(*x.shape[:2], 4))
     judge(model, SEQUENCE, folds={"bn": ["fc"]}, others=[(torch.randn(2, 7, 3).double(),)])
@@ -339,6 +361,30 @@ def test_transposed_sequence_is_folded(judge: Judge, net: Any) -> None:
 def test_sequence_averaged_over_its_steps_is_folded(judge: Judge, net: Any) -> None:
     model = net(lambda m, x: m.bn(m.fc(x).mean(1)))
     judge(model, SEQUENCE, folds={"bn": ["fc"]}, others=[(torch.randn(2, 7, 3).double(),)])
+
+
+@pytest.mark.parametrize("average", [lambda h: h.mean((2, 3), keepdim=True), nn.AdaptiveAvgPool2d(1)])
+@pytest.mark.parametrize("view", [lambda h: h.flatten(1), lambda h: h.view(-1, 4), lambda h: h.view(len(h), 4)])
+def test_image_averaged_to_one_place_and_flattened_is_folded(average: Any, view: Any, judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(view(average(m.conv(x)))), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm1d(4))
+    others = [(torch.randn(shape).double(),) for shape in ((1, 3, 4, 4), (2, 3, 2, 5), (3, 3, 1, 1))]
+    judge(model, torch.randn(2, 3, 4, 5).double(), folds={"bn": ["conv"]}, others=others)
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda h: h.mean(2, keepdim=True),
+        lambda h: h.mean(2),
+        lambda h: nn.functional.adaptive_avg_pool2d(h, (1, None)),
+    ],
+)
+def test_axis_of_one_that_was_not_averaged_away_may_grow_into_the_channels(
+    average: Any, judge: Judge, net: Any
+) -> None:
+    model = net(lambda m, x: m.bn(average(m.conv(x)).reshape(-1, 4)), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm1d(4))
+    narrow, wide = torch.randn(2, 3, 4, 1).double(), torch.randn(2, 3, 4, 2).double()
+    judge(model, narrow, kept={"bn": "not-transparent"}, others=[(narrow,), (wide,)])
 
 
 def test_average_over_the_channels_is_kept(judge: Judge, net: Any) -> None:
@@ -400,6 +446,52 @@ def test_plan_of_an_unknown_version_or_shape_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(FoldingError, match=r"folding plan of version 1|FoldingPlan.to_dict"):
             FoldingPlan.from_dict(bad)  # type: ignore[arg-type]
+
+
+def test_columns_of_the_table_are_as_wide_as_the_longest_name() -> None:
+    plan = FoldingPlan((Fold("b", (Part("x"), Part("y")), note="it costs"),), (Kept("longest", "because", "code"),))
+    assert str(plan) == "b        folded backward into x, y; it costs\nlongest  kept: because"
+
+
+def test_part_of_an_older_plan_is_neither_baked_nor_a_function() -> None:
+    plan = FoldingPlan((Fold("bn", (Part("fc", (0, 1)),)),)).to_dict()
+    fold = plan["folds"][0]
+    del fold["note"], fold["eps"], fold["parts"][0]["baked"], fold["parts"][0]["function"]
+    assert FoldingPlan.from_dict(plan) == FoldingPlan((Fold("bn", (Part("fc", (0, 1)),)),))
+
+
+def test_everything_in_a_plan_comes_back_with_its_type() -> None:
+    part = Part("fc", (0, -1), shift=0.5, baked=True, function="linear")
+    whole = FoldingPlan((Fold("bn", (part,), "forward", "it costs", 0.0),), (Kept("b", "because", "code"),))
+    again = FoldingPlan.from_dict(whole.to_dict())
+    assert again == whole
+    assert repr(again) == repr(whole)
+    assert again.to_dict() == {
+        "version": 1,
+        "folds": [
+            {
+                "batchnorm": "bn",
+                "parts": [{"layer": "fc", "channels": [0, -1], "shift": 0.5, "baked": True, "function": "linear"}],
+                "direction": "forward",
+                "note": "it costs",
+                "eps": 0.0,
+            }
+        ],
+        "kept": [{"batchnorm": "b", "reason": "because", "code": "code"}],
+    }
+
+
+def test_plan_that_keeps_all_is_in_the_order_that_is_asked_for() -> None:
+    plan = FoldingPlan((Fold("c", (Part("x"),)), Fold("a", (Part("y"),))), (Kept("b", "because", "code"),))
+    assert plan.keeping_all("other", "why", ["a", "b", "c"]) == FoldingPlan(
+        kept=(Kept("a", "why", "other"), Kept("b", "because", "code"), Kept("c", "why", "other"))
+    )
+
+
+@pytest.mark.parametrize("record", [Part("fc"), Fold("bn", ()), Kept("bn", "because", "code"), FoldingPlan()])
+def test_plan_cannot_be_changed(record: Any) -> None:
+    with pytest.raises(FrozenInstanceError):
+        setattr(record, next(iter(vars(record))), "other")
 
 
 def test_model_without_batchnorms_has_an_empty_plan(judge: Judge) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Operation]] = {
     "select": ([(2, 3, 4)], lambda x: x.select(1, 2)),
     "select from the end": ([(2, 3, 4)], lambda x: x[:, -1]),
     "slice": ([(2, 7)], lambda x: x[:, 1:6]),
+    "slice of two": ([(3, 2)], lambda x: x[:, 1:]),
     "slice with steps": ([(2, 7)], lambda x: x[:, 1::2]),
     "slice from the end": ([(2, 7)], lambda x: x[:, -3:-1]),
     "slice of the first axis": ([(5, 3)], lambda x: x[1:3]),
@@ -175,6 +177,40 @@ def test_mapping_some_inputs_is_mapping_the_outputs_so_or_refused(net: Any, case
                 torch.testing.assert_close(ours, apply(channels, plain, scale, shift).to(ours), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_arguments_by_keyword_are_the_same_arguments(net: Any, case: str) -> None:
+    shapes, operation = CASES[case]
+    graph, call = recorded(net, operation, [torch.randn(shape, dtype=torch.float64) for shape in shapes])
+    if not call.name.startswith("aten."):
+        pytest.skip("the recorder's own name: its arguments are where the recorder puts them")
+    _, name, overload = call.name.split(".")
+    names = [argument.name for argument in getattr(getattr(torch.ops.aten, name), overload)._schema.arguments]
+    first = 2 if name in ("add", "sub") else 1  # the tensors themselves
+    by_keyword = replace(
+        call,
+        args=call.args[:first],
+        kwargs=call.kwargs | dict(zip(names[first:], call.args[first:], strict=False)),
+    )
+    rule = RULES[call.name]
+    for position, index in enumerate(call.outputs):
+        shape = graph.values[index].shape
+        for axis, size in enumerate(shape):
+            asked = Channels.along(axis, size, len(shape))
+            assert answer(rule.up, graph, by_keyword, position, asked) == answer(rule.up, graph, call, position, asked)
+    for axis in range(len(graph.values[call.inputs[0]].shape)):
+        known = {index: graph.values[index].shape for index in call.inputs}
+        maps = {index: Channels.along(axis, shape[axis], len(shape)) for index, shape in known.items()}
+        assert answer(rule.down, graph, by_keyword, maps) == answer(rule.down, graph, call, maps)
+
+
+def answer(ask: Callable[..., Any], *question: Any) -> str:
+    """What a rule says, as text: maps have no equality of their own."""
+    try:
+        return repr(ask(*question))
+    except NotTransparent as error:
+        return str(error)
+
+
 def given_to(
     operation: Operation,
     graph: ValueGraph,
@@ -243,12 +279,53 @@ def test_axis_of_one_that_vanishes_beside_the_channels_is_refused_both_ways(
         RULES[call.name].down(graph, call, {call.inputs[0]: Channels.along(shape.index(3), 3, len(shape))})
 
 
+def test_single_channel_is_on_every_axis_of_one(net: Any) -> None:
+    graph, call = recorded(net, lambda x: x.view(1, 1), [torch.randn(())])
+    ((_, asked),) = RULES[call.name].up(graph, call, 0, Channels.along(1, 1, 2))
+    assert asked.labels.shape == ()
+    (found,) = RULES[call.name].down(graph, call, {call.inputs[0]: asked})
+    assert found.same_as(Channels.along(1, 1, 2))
+
+
 def test_cast_to_whole_numbers_is_refused_both_ways(net: Any) -> None:
     graph, call = recorded(net, lambda x: x.to(torch.int64), [torch.randn(2, 3)])
     with pytest.raises(NotTransparent, match="cannot be scaled"):
         RULES[call.name].down(graph, call, {call.inputs[0]: Channels.along(1, 3, 2)})
     with pytest.raises(NotTransparent, match="cannot be scaled"):
         RULES[call.name].up(graph, call, 0, Channels.along(1, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("operation", "output", "whole"),
+    [
+        (lambda x: x[:, 2].relu(), 0, True),
+        (lambda x: x[:, 2].relu() + x[:, 0], 0, False),
+        (lambda x: x.unbind(1)[2].relu(), 2, True),
+        (lambda x: [x.unbind(1)[2].relu(), x.unbind(1)[2]], 2, False),
+        (lambda x: [y.relu() for y in x.unbind(1)[1:]], 2, False),
+        (lambda x: [y.relu() for y in x.split(1, 1)], 2, False),
+        (lambda x: x.split(1, 1)[2].relu(), 2, True),
+    ],
+)
+def test_position_that_is_picked_asks_for_all_of_them_where_nothing_else_is_read(
+    operation: Operation, output: int, whole: bool, net: Any
+) -> None:
+    graph, _ = recorded(net, operation, [torch.randn(2, 3, 4)])
+    call = next(call for call in graph.calls if call.name in RULES)
+    rank = len(graph.values[call.outputs[output]].shape)
+    ((_, asked),) = RULES[call.name].up(graph, call, output, Channels.along(rank - 1, 4, rank))
+    if whole:
+        assert asked.same_as(Channels.along(2, 4, 3))
+    else:
+        nothing = [UNTOUCHED] * 4
+        assert asked.labels.tolist() == [[nothing, nothing, [0, 1, 2, 3]]]
+
+
+def test_maps_are_the_same_if_elements_and_share_of_the_shift_are() -> None:
+    whole = Channels.along(1, 3, 2)
+    assert whole.same_as(Channels(torch.tensor([[0, 1, 2]])))
+    assert not whole.same_as(Channels(torch.tensor([[0, 1, UNTOUCHED]])))
+    assert not whole.same_as(replace(whole, shift=0.0))
 
 
 def test_two_maps_agree_or_are_refused() -> None:
@@ -281,8 +358,20 @@ def test_channels_along_an_axis_are_a_tuple_only_if_nothing_else_matters() -> No
     assert Channels(torch.tensor([[4]])).along_axis(1, 3) == (4, 4, 4)
 
 
-def test_view_with_too_many_labels_is_refused(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_bnfold.folding.transparent._MOST_LABELS", 10)
+@pytest.mark.parametrize(("most", "refused"), [(23, True), (24, False)])
+def test_view_with_too_many_labels_is_refused(
+    most: int, refused: bool, net: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_bnfold.folding.transparent._MOST_LABELS", most)
     graph, call = recorded(net, lambda x: x.view(4, 6), [torch.randn(6, 4)])
-    with pytest.raises(NotTransparent, match="too many other elements"):
-        RULES[call.name].up(graph, call, 0, Channels.along(1, 6, 2))
+    said = answer(RULES[call.name].up, graph, call, 0, Channels.along(1, 6, 2))
+    assert ("too many other elements" in said) == refused
+
+
+def test_elements_that_a_view_does_not_mix_with_the_channels_are_not_counted(
+    net: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_bnfold.folding.transparent._MOST_LABELS", 3)
+    graph, call = recorded(net, lambda x: x.view(4, 6, 3), [torch.randn(24, 3)])
+    ((_, asked),) = RULES[call.name].up(graph, call, 0, Channels.along(2, 3, 3))
+    assert asked.same_as(Channels.along(1, 3, 2))
