@@ -373,12 +373,14 @@ def _join_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
 
 
 def adds_nothing(call: Call) -> bool:
-    """Whether a sum is one with the number 0, with which ``sum`` begins."""
-    return len(call.inputs) == 1 and 0 in call.args[:2]
+    """Whether a sum is one with the number 0, with which ``sum`` begins, or a difference that takes 0 away."""
+    first, second = call.args
+    # `0 - x` and `0 + 2 * x` are calls of these operations too.
+    return second == 0 or (first == 0 and call.name == "aten.add.Tensor" and not call.kwargs)
 
 
 def _terms(graph: ValueGraph, call: Call) -> list[int]:
-    terms = [argument.value for argument in call.args[:2] if isinstance(argument, Ref)]
+    terms = [argument.value for argument in call.args if isinstance(argument, Ref)]
     if len(terms) != 2 or terms[0] == terms[1]:
         raise NotTransparent("adds something else than two different tensors")
     if any(graph.values[index].shape != graph.values[call.outputs[0]].shape for index in terms):
@@ -400,7 +402,7 @@ def _add_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list[
     if first is None or second is None or not torch.equal(first.labels, second.labels):
         raise NotTransparent("adds something that is not scaled in the same way")
     factor = -1.0 if call.name.startswith("aten.sub") else 1.0
-    factor *= _argument(call, 2, "alpha", 1)
+    factor *= call.kwargs.get("alpha", 1)
     return [replace(first, shift=first.shift + factor * second.shift)]
 
 
