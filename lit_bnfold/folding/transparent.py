@@ -195,7 +195,7 @@ def _corresponding_axes(before: Sequence[int], after: Sequence[int]) -> list[tup
 
 
 def _check_short_axes(graph: ValueGraph, call: Call, labels: Tensor, moved: Tensor) -> None:
-    """Refuse a reshape that makes axes of size 1 vanish beside the channels.
+    """Refuse a reshape that makes axes of size 1 vanish beside the channels, or between them.
 
     With one example in the batch, ``view(C, -1)`` looks like a harmless removal of the batch axis; with two it mixes
     the examples with the channels. So does ``view(-1, C)`` with the steps of a sequence behind the channels, once there
@@ -204,10 +204,11 @@ def _check_short_axes(graph: ValueGraph, call: Call, labels: Tensor, moved: Tens
     if max(labels.shape, default=1) == 1:
         return
     before, after = _shapes(graph, call)
-    (left, right), (moved_left, moved_right) = _short_axes(labels, before), _short_axes(moved, after)
+    left, between, right = _short_axes(labels, before)
+    moved_left, moved_between, moved_right = _short_axes(moved, after)
     left_is_known = left <= moved_left or _joins_before_channels(call, labels, moved)
     right_is_known = right <= moved_right or _is_average(graph, call, labels)
-    if not (left_is_known and right_is_known):
+    if not (left_is_known and between <= moved_between and right_is_known):
         raise NotTransparent("removes an axis of size 1: an example of at least 2 there would show what it really does")
 
 
@@ -226,13 +227,14 @@ def _is_average(graph: ValueGraph, call: Call, labels: Tensor) -> bool:
     if maker is None or not maker.name.startswith(("aten.mean.dim", "aten._adaptive_avg_pool")):
         return False
     averaged, last = graph.values[maker.inputs[0]].shape, _last_axis(labels)
-    pairs = list(zip(averaged[last + 1 :], value.shape[last + 1 :], strict=False))
+    pairs = list(zip(averaged[last:], value.shape[last:], strict=False))
     return len(averaged) == len(value.shape) and all(before > 1 for before, after in pairs if after == 1)
 
 
-def _short_axes(labels: Tensor, shape: tuple[int, ...]) -> tuple[int, int]:
-    """How many axes of size 1 a value has before and after those that its channels lie on."""
-    return shape[: _first_axis(labels)].count(1), shape[_last_axis(labels) + 1 :].count(1)
+def _short_axes(labels: Tensor, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """How many axes of size 1 a value has before, between and after those that its channels lie on."""
+    first, last = _first_axis(labels), _last_axis(labels)
+    return shape[:first].count(1), shape[first:last].count(1), shape[last:].count(1)
 
 
 def _first_axis(labels: Tensor) -> int:
@@ -371,12 +373,14 @@ def _join_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
 
 
 def adds_nothing(call: Call) -> bool:
-    """Whether a sum is one with the number 0, with which ``sum`` begins."""
-    return len(call.inputs) == 1 and 0 in call.args[:2]
+    """Whether a sum is one with the number 0, with which ``sum`` begins, or a difference that takes 0 away."""
+    first, second = call.args
+    # `0 - x` and `0 + 2 * x` are calls of these operations too.
+    return second == 0 or (first == 0 and call.name == "aten.add.Tensor" and not call.kwargs)
 
 
 def _terms(graph: ValueGraph, call: Call) -> list[int]:
-    terms = [argument.value for argument in call.args[:2] if isinstance(argument, Ref)]
+    terms = [argument.value for argument in call.args if isinstance(argument, Ref)]
     if len(terms) != 2 or terms[0] == terms[1]:
         raise NotTransparent("adds something else than two different tensors")
     if any(graph.values[index].shape != graph.values[call.outputs[0]].shape for index in terms):
@@ -398,7 +402,7 @@ def _add_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list[
     if first is None or second is None or not torch.equal(first.labels, second.labels):
         raise NotTransparent("adds something that is not scaled in the same way")
     factor = -1.0 if call.name.startswith("aten.sub") else 1.0
-    factor *= _argument(call, 2, "alpha", 1)
+    factor *= call.kwargs.get("alpha", 1)
     return [replace(first, shift=first.shift + factor * second.shift)]
 
 

@@ -387,6 +387,16 @@ def test_axis_of_one_that_was_not_averaged_away_may_grow_into_the_channels(
     judge(model, narrow, kept={"bn": "not-transparent"}, others=[(narrow,), (wide,)])
 
 
+@pytest.mark.parametrize("flatten", [lambda h: h.reshape(-1, 12), lambda h: h.flatten(1).view(-1, 12)])
+def test_axis_of_one_between_two_axes_of_channels_may_grow_into_them(flatten: Any, judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.bn(flatten(m.fc(x).view(*x.shape[:2], 4, 3).transpose(1, 2)))  # (N, 4, T, 3), and T is 1
+
+    short, long = torch.randn(2, 1, 3).double(), torch.randn(2, 2, 3).double()
+    kept = {"bn": "not-transparent"}
+    judge(net(forward, fc=nn.Linear(3, 12), bn=nn.BatchNorm1d(12)), short, kept=kept, others=[(short,), (long,)])
+
+
 def test_average_over_the_channels_is_kept(judge: Judge, net: Any) -> None:
     model = net(lambda m, x: m.bn(m.fc(x).mean(2)))
     judge(model, SEQUENCE, kept={"bn": "channel-axis"})

@@ -70,6 +70,8 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Operation]] = {
     "mean that keeps the axis": ([(2, 3, 4)], lambda x: x.mean(-1, keepdim=True)),
     "mean over two axes": ([(2, 3, 4)], lambda x: x.mean((0, 2))),
     "add nothing": ([(2, 3)], lambda x: 0 + x),
+    "add nothing of a factor": ([(2, 3)], lambda x: torch.add(x, 0, alpha=2)),
+    "subtract nothing": ([(2, 3)], lambda x: x - 0),
     "expand": ([(2, 1, 3)], lambda x: x.expand(2, 4, 3)),
     "expand with a new axis": ([(2, 3)], lambda x: x.expand(4, 2, 3)),
     "flip": ([(2, 3, 4)], lambda x: x.flip(1)),
@@ -78,6 +80,7 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Operation]] = {
     "roll of two axes": ([(2, 3, 4)], lambda x: x.roll((1, -1), (0, 2))),
     "pixel shuffle": ([(2, 12, 2, 3)], lambda x: F.pixel_shuffle(x, 2)),
     "average pooling": ([(2, 3, 4, 5)], lambda x: F.avg_pool2d(x, 2)),
+    "average pooling that overlaps": ([(2, 3, 4, 5)], lambda x: F.avg_pool2d(x, 2, 1)),
     "average pooling past the edge": ([(2, 3, 5, 5)], lambda x: F.avg_pool2d(x, 2, ceil_mode=True)),
     "average pooling that leaves padding out": (
         [(2, 3, 4, 4)], lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
@@ -253,7 +256,7 @@ def test_every_rule_of_the_table_is_tried(net: Any) -> None:
 @pytest.mark.parametrize(
     "operation",
     [lambda x: x.to(torch.int64), lambda x: x.roll(1), lambda x: x.repeat(2, 1), lambda x: x + 1, lambda x: x.sum(1),
-     lambda x: F.pad(x, (1, 0)), lambda x: x.amax(1), lambda x: x * 2, lambda x: -x, lambda x: x @ x.t()],
+     lambda x: torch.sub(0, x), lambda x: torch.add(0, x, alpha=2), lambda x: F.pad(x, (1, 0)), lambda x: x.amax(1), lambda x: x * 2, lambda x: -x, lambda x: x @ x.t()],
 )  # fmt: skip
 def test_operations_outside_the_table_or_its_limits_do_not_pass(net: Any, operation: Operation) -> None:
     graph, call = recorded(net, operation, [torch.randn(2, 3, dtype=torch.float64)])
