@@ -256,7 +256,8 @@ def test_every_rule_of_the_table_is_tried(net: Any) -> None:
 @pytest.mark.parametrize(
     "operation",
     [lambda x: x.to(torch.int64), lambda x: x.roll(1), lambda x: x.repeat(2, 1), lambda x: x + 1, lambda x: x.sum(1),
-     lambda x: torch.sub(0, x), lambda x: torch.add(0, x, alpha=2), lambda x: F.pad(x, (1, 0)), lambda x: x.amax(1), lambda x: x * 2, lambda x: -x, lambda x: x @ x.t()],
+     lambda x: torch.sub(0, x), lambda x: torch.add(0, x, alpha=2), lambda x: F.pad(x, (1, 0)),
+     lambda x: x.amax(1), lambda x: x * 2, lambda x: -x, lambda x: x @ x.t()],
 )  # fmt: skip
 def test_operations_outside_the_table_or_its_limits_do_not_pass(net: Any, operation: Operation) -> None:
     graph, call = recorded(net, operation, [torch.randn(2, 3, dtype=torch.float64)])
