@@ -523,8 +523,8 @@ def whole_file(path: Path, trainer: Trainer, outdated: Sequence[Path] = ()) -> I
     """
     part = _beside(path)
     own_io = trainer.strategy.checkpoint_io
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # By name, for the other import name of Lightning has classes of its own.
         kinds = [base.__name__ for base in type(own_io).__mro__]
         # What is written later cannot be renamed now; and what is renamed here need not be moved or renamed before.

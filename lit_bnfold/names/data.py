@@ -139,7 +139,15 @@ class Examples:
 
     @classmethod
     def in_stream(cls, stream: Tensor, block_size: int) -> "Examples":
-        """Return the examples of words that `encode_words` has written down as a stream (M,)."""
+        """Make the examples of words that are encoded already.
+
+        Args:
+            stream: What `encode_words` made of them, (M,).
+            block_size: Number of characters of a context.
+
+        Returns:
+            The examples, around the memory of the stream.
+        """
         letter = stream[block_size - 1 :] != 0  # (M - block_size + 1,)
         starts = (letter[1:] | letter[:-1]).nonzero().flatten()  # (N,)
         if len(stream) < 2**31:

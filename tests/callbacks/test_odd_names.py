@@ -188,7 +188,7 @@ def test_tensorboard_shows_names_as_text() -> None:
 
 def exported(names: list[str], exports: list[str], tmp_path: Path) -> dict[str, dict[str, Any]]:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
-    return export_files(exports, trainer, Odd(names).eval(), [Call((torch.ones(2, 3),), {})], tmp_path, 1e-5)
+    return export_files(exports, trainer, Odd(names).eval(), [Call((torch.ones(2, 3),), {})], tmp_path, 1e-5, print)
 
 
 @pytest.mark.long
