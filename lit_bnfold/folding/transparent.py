@@ -461,7 +461,7 @@ def _pooled(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 def _shuffle_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     factor = _argument(call, 1, "upscale_factor")
     labels = _unless_mixed(labels, [labels.dim() - 2, labels.dim() - 1])
-    return labels.repeat_interleave(factor * factor, -3) if labels.shape[-3] > 1 else labels
+    return labels.repeat_interleave(factor * factor, -3)
 
 
 def _shuffle_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:

@@ -20,12 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import lightning
-import torch
-from folding import processor  # the benchmark beside this one
+from measuring import Row, show  # the module beside this one
 from recipes import lit_bnfold  # likewise
-from rich.console import Console
-from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SEEDS = (1, 2, 3)
@@ -56,7 +52,7 @@ def train(seed: int, *arguments: str) -> Training:
         return Training(events.Scalars("val/loss")[-1].value, statistics.median(speeds))
 
 
-def notebook() -> Iterator[tuple[str, ...]]:
+def notebook() -> Iterator[Row]:
     """Pairs of one process and of two: name, validation loss, steps in a second, and their ratio to one process."""
     pairs = [
         (train(seed, *NOTEBOOK, "--data.batch_size", "32"), train(seed, *NOTEBOOK, "--data.batch_size", "16", *TWO))
@@ -71,10 +67,10 @@ def notebook() -> Iterator[tuple[str, ...]]:
         ratio = statistics.median(
             each.steps_per_second / one.steps_per_second for each, (one, _) in zip(several, pairs, strict=True)
         )
-        yield f"notebook, {name}", spread, f"{speed:.0f}", f"{ratio:.2f}"
+        yield Row(f"notebook, {name}", measured=f"val/loss {spread}, {speed:.0f} steps/s", ratio=ratio)
 
 
-def wide() -> Iterator[tuple[str, ...]]:
+def wide() -> Iterator[Row]:
     """Rounds of one process with one thread, of two, and of one with two threads, as in `notebook`."""
     versions = {
         "one process, one thread": ("--data.batch_size", "4096"),
@@ -86,10 +82,10 @@ def wide() -> Iterator[tuple[str, ...]]:
         speed = statistics.median(each[name].steps_per_second for each in rounds)
         ones = [each["one process, one thread"].steps_per_second for each in rounds]
         ratio = statistics.median(each[name].steps_per_second / one for each, one in zip(rounds, ones, strict=True))
-        yield f"wide, {name}", "", f"{speed:.2f}", f"{ratio:.2f}"
+        yield Row(f"wide, {name}", ">= 1" if name.startswith("two") else "", f"{speed:.2f} steps/s", ratio)
 
 
-def rows() -> Iterator[tuple[str, ...]]:
+def rows() -> Iterator[Row]:
     yield from notebook()
     yield from wide()
 
@@ -97,11 +93,7 @@ def rows() -> Iterator[tuple[str, ...]]:
 def main() -> None:
     load, cores = os.getloadavg()[0], os.cpu_count()
     print(f"{cores} cores; the load before this begins is {load:.1f}, and should be 0", file=sys.stderr)
-    title = f"{processor()}, torch {torch.__version__}, lightning {lightning.__version__}, {len(SEEDS)} rounds"
-    table = Table("training", "val/loss", "steps/s", "of one process", title=title)
-    for row in rows():
-        table.add_row(*row)
-    Console(width=120).print(table)
+    show(rows())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import logging
-import platform
 import statistics
 import tempfile
 import time
@@ -22,11 +21,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 
-import lightning
 import torch
-from folding import processor  # the benchmark beside this one
-from rich.console import Console
-from rich.table import Table
+from measuring import Row, show  # the module beside this one
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -205,32 +201,26 @@ def measure() -> dict[str, list[float]]:
     return {name: times[1:] for name, times in PausingData.turns.times.items()}
 
 
-def rows() -> Iterator[tuple[str, ...]]:
-    """What was measured: its name, microseconds a step, the ratio of ours to it, the middle half, and the target."""
-    times = measure()
-    ours = times.pop(OURS)
-    yield OURS, f"{statistics.median(ours):.0f}", "", "", "", ""
-    for name, theirs in times.items():
-        ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        target = f"{TARGETS[name]:.2f}" if name in TARGETS else ""
-        # The mean has its part of what comes on some steps only: saved checkpoints, histograms, what is written.
-        mean, step = sum(ours) / sum(theirs), statistics.median(theirs)
-        yield name, f"{step:.0f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}", f"{mean:.2f}", target
-
-
-def main() -> None:
+def rows() -> Iterator[Row]:
+    """Processor time of a step of each side; the ratio is that of ours to it, the median over the rounds."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    versions = f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}"
-    heads = ("", "us a step", "ours is", "middle half", "by the mean", "target")
-    table = Table(*heads, title=f"{processor()}, {versions}, one thread, medians of {ROUNDS} rounds")
-    for row in rows():
-        table.add_row(*row)
-    console = Console(width=120)
-    console.print(table)
-    console.print(WHERE)
+    times = measure()
+    ours = times.pop(OURS)
+    yield Row(OURS, measured=f"{statistics.median(ours):.0f} us a step, {ROUNDS} rounds")
+    for name, theirs in times.items():
+        ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        target = f"<= {TARGETS[name]:.2f}" if name in TARGETS else ""
+        # The mean has its part of what comes on some steps only: saved checkpoints, histograms, what is written.
+        mean, step = sum(ours) / sum(theirs), statistics.median(theirs)
+        yield Row(name, target, f"{step:.0f} us; ours {low:.2f} to {high:.2f}, by the mean {mean:.2f}", middle)
+
+
+def main() -> None:
+    show(rows())
+    print(WHERE)
 
 
 if __name__ == "__main__":

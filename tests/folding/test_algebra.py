@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -91,14 +92,31 @@ def test_numbers_that_would_be_subnormal_become_zero(dtype: torch.dtype) -> None
 
 def test_a_new_bias_has_the_dtype_of_the_weight_and_an_old_one_its_own() -> None:
     weight, scale, shift = torch.randn(5, 3).bfloat16(), torch.ones(5).double(), torch.ones(5).double()
-    assert fold_into_outputs(weight, None, scale, shift)[1].dtype == torch.bfloat16
-    assert fold_into_outputs(weight, torch.zeros(5), scale, shift)[1].dtype == torch.float32
+    square = weight[:3]
+    for bias, dtype in ((None, torch.bfloat16), (torch.zeros(5), torch.float32)):
+        assert fold_into_outputs(weight, bias, scale, shift)[1].dtype == dtype
+        assert fold_into_inputs(weight, bias, scale[:3], shift[:3])[1].dtype == dtype
+        assert add_identity(square, None if bias is None else bias[:3], scale[:3], shift[:3])[1].dtype == dtype
 
 
 def test_memory_layout_is_kept() -> None:
     weight, (scale, shift) = torch.randn(3, 5).t(), torch.randn(2, 5).double()
     assert not weight.is_contiguous()
     assert fold_into_outputs(weight, None, scale, shift)[0].stride() == weight.stride()
+    assert fold_into_inputs(weight, None, scale[:3], shift[:3])[0].stride() == weight.stride()
+    assert fold_into_rows(weight, scale[:3], shift[:3]).stride() == weight.stride()
+    kernel = torch.randn(3, 3, 3, 3).to(memory_format=torch.channels_last)
+    assert add_identity(kernel, None, scale[:3], shift[:3])[0].stride() == kernel.stride()
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("size", [1, 3, 5, 7])
+def test_identity_is_added_to_the_tap_in_the_middle(size: int, groups: int) -> None:
+    x, weight = torch.randn(2, 6, 8).double(), torch.randn(6, 6 // groups, size).double()
+    scale, shift = torch.randn(2, 6).double()
+    convolve = functools.partial(torch.nn.functional.conv1d, x, padding=size // 2, groups=groups)
+    expected = convolve(weight) + scale[:, None] * x + shift[:, None]
+    torch.testing.assert_close(convolve(*add_identity(weight, None, scale, shift)), expected, rtol=0, atol=1e-12)
 
 
 def test_a_weight_that_overlaps_itself_gets_memory_of_its_own() -> None:

@@ -456,6 +456,10 @@ def test_plan_of_an_unknown_version_or_shape_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(FoldingError, match=r"folding plan of version 1|FoldingPlan.to_dict"):
             FoldingPlan.from_dict(bad)  # type: ignore[arg-type]
+    with pytest.raises(FoldingError, match="of version 1, got version 99"):
+        FoldingPlan.from_dict(good | {"version": 99})
+    with pytest.raises(FoldingError, match="of version 1, got version None"):
+        FoldingPlan.from_dict([])  # type: ignore[arg-type]
 
 
 def test_columns_of_the_table_are_as_wide_as_the_longest_name() -> None:

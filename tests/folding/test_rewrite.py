@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -412,11 +413,13 @@ def test_plan_that_makes_no_sense_is_refused(randomised: Randomised) -> None:
 
     twice = changed()
     twice["folds"] *= 2
+    good = changed()["folds"][0]["parts"][0]
     bad = [
         twice, changed(parts=[]), changed(parts=changed()["folds"][0]["parts"] * 2), changed(batchnorm="0"),
         changed(eps=-1.0), changed(eps=float("inf")), changed(part={"shift": float("nan")}),
         changed(part={"channels": "0123"}), changed(part={"channels": [0.5, 1.0, 2.0, 3.0]}),
-        changed(part={"channels": [float("inf")] * 4}),
+        changed(part={"channels": [float("inf")] * 4}), changed(part={"channels": ""}),
+        changed(part={"channels": [0, 1, 2, 3.0]}), changed(parts=[good, good | {"layer": "2", "shift": math.nan}]),
     ]  # fmt: skip
     for plan in bad:
         with pytest.raises(FoldingError):

@@ -85,6 +85,9 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Operation]] = {
     "average pooling that leaves padding out": (
         [(2, 3, 4, 4)], lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     ),
+    "average pooling past the edge that leaves padding out": (
+        [(2, 3, 5, 5)], lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True, count_include_pad=False)
+    ),
     "average pooling of a volume": ([(2, 3, 4, 4, 4)], lambda x: F.avg_pool3d(x, 2)),
     "average pooling to a size": ([(2, 3, 4, 5)], lambda x: F.adaptive_avg_pool2d(x, (2, 2))),
     "average pooling of a volume to a size": ([(2, 3, 4, 4, 4)], lambda x: F.adaptive_avg_pool3d(x, 2)),
@@ -256,8 +259,8 @@ def test_every_rule_of_the_table_is_tried(net: Any) -> None:
 @pytest.mark.parametrize(
     "operation",
     [lambda x: x.to(torch.int64), lambda x: x.roll(1), lambda x: x.repeat(2, 1), lambda x: x + 1, lambda x: x.sum(1),
-     lambda x: torch.sub(0, x), lambda x: torch.add(0, x, alpha=2), lambda x: F.pad(x, (1, 0)),
-     lambda x: x.amax(1), lambda x: x * 2, lambda x: -x, lambda x: x @ x.t()],
+     lambda x: torch.sub(0, x), lambda x: torch.add(0, x, alpha=2),
+     lambda x: F.pad(x, (1, 0)), lambda x: x.amax(1), lambda x: x * 2, lambda x: -x, lambda x: x @ x.t()],
 )  # fmt: skip
 def test_operations_outside_the_table_or_its_limits_do_not_pass(net: Any, operation: Operation) -> None:
     graph, call = recorded(net, operation, [torch.randn(2, 3, dtype=torch.float64)])
@@ -281,6 +284,40 @@ def test_axis_of_one_that_vanishes_beside_the_channels_is_refused_both_ways(
         RULES[call.name].up(graph, call, 0, Channels.along(axis, 3, rank))
     with pytest.raises(NotTransparent, match="of at least 2 there"):
         RULES[call.name].down(graph, call, {call.inputs[0]: Channels.along(shape.index(3), 3, len(shape))})
+
+
+@pytest.mark.parametrize(
+    ("operation", "reason"),
+    [
+        (lambda x: F.avg_pool2d(x, 3, 1, 1), "counts zeros"),
+        (lambda x: F.avg_pool2d(x, 3, 1, (0, 1)), "counts zeros"),
+        (lambda x: F.avg_pool2d(x, 3, 2, (1, 0), ceil_mode=True), "counts zeros"),
+        (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "divides by something else"),
+    ],
+)
+def test_average_that_counts_or_divides_by_something_else_is_refused_both_ways(
+    operation: Operation, reason: str, net: Any
+) -> None:
+    graph, call = recorded(net, operation, [torch.randn(2, 3, 4, 4)])
+    channels = Channels.along(1, 3, 4)
+    with pytest.raises(NotTransparent, match=reason):
+        RULES[call.name].up(graph, call, 0, channels)
+    with pytest.raises(NotTransparent, match=reason):
+        RULES[call.name].down(graph, call, {call.inputs[0]: channels})
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "passed"),
+    [((2, 1, 3), (2, 4, 3), [0, 2]), ((2, 3), (3, 2, 3), [1, 2]), ((3,), (2, 3), [1]), ((1, 3), (2, 4, 3), [2])],
+)
+def test_channels_pass_an_expansion_along_the_axes_that_it_does_not_repeat(
+    shape: tuple[int, ...], sizes: tuple[int, ...], passed: list[int], net: Any
+) -> None:
+    graph, call = recorded(net, lambda x: x.expand(sizes), [torch.randn(shape)])
+    said = [
+        answer(RULES[call.name].up, graph, call, 0, Channels.along(axis, n, len(sizes))) for axis, n in enumerate(sizes)
+    ]
+    assert [axis for axis, text in enumerate(said) if "averages over" not in text] == passed
 
 
 def test_single_channel_is_on_every_axis_of_one(net: Any) -> None:
