@@ -1,6 +1,6 @@
 """A process that lives long: folding leaves nothing behind in it, however often, and whatever the model does.
 
-The long forms are the promise, 2,000 rounds of folding and 200 fits; the short ones see the same growth in fewer rounds.
+The long forms are the promise, 2,000 rounds of folding and 200 fits; the short ones see the same growth in fewer.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def test_fits_leave_nothing_behind(
 
 # What belongs to the process ------------------------------------------------------------------------------------------
 
-HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks") or name.endswith("_hooks_with_kwargs")]
+HOOKS = [name for name in vars(nn.Module()) if name.endswith(("_hooks", "_hooks_with_kwargs"))]
 GLOBAL_HOOKS = [
     (owner, name)
     for owner in (modules_of_torch, optimizers_of_torch)
@@ -324,5 +324,3 @@ def test_a_validation_that_raises_leaves_no_trace(error: type[BaseException], ru
     fit(tmp_path, folding, logger=False, enable_checkpointing=False, num_sanity_val_steps=0)
     assert folding.trouble.calls == run
     assert folding.left == {}
-
-
