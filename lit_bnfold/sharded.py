@@ -105,6 +105,6 @@ def _tensors(directory: Path) -> dict[str, dict[str, Tensor]]:
         weights.setdefault(kind, {})[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with warnings.catch_warnings():
         # That this is a single process.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="torch.distributed is")
         load(weights, checkpoint_id=directory)
     return weights

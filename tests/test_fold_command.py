@@ -353,7 +353,7 @@ def shards(root: Path, module: LightningModule, data: Any, name: str) -> tuple[P
     checkpoint = torch.load(whole, weights_only=True)
     tensors = {name: checkpoint.pop("state_dict"), "optimizer_0": checkpoint.pop("optimizer_states")[0]}
     with pytest.warns(UserWarning, match="assuming the intent is to save in a single process"):
-        save_shards(tensors, checkpoint_id=sharded, no_dist=True)
+        save_shards(tensors, checkpoint_id=sharded)
     torch.save(checkpoint, sharded / "meta.pt")
     return whole, sharded
 

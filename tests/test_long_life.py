@@ -160,10 +160,11 @@ def fit(directory: Path, folding: BatchNormFolding, **options: Any) -> Lightning
 @pytest.mark.filterwarnings("ignore:.*The process will be killed:UserWarning")
 @pytest.mark.parametrize("fits", [4, pytest.param(200, marks=pytest.mark.long)])
 def test_fits_leave_nothing_behind(
-    fits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    fits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     # What pytest keeps of all that is printed and logged would pile up as well.
-    caplog.set_level(logging.ERROR, "lightning.pytorch")
+    request.addfinalizer(lambda: logging.disable(logging.NOTSET))
+    logging.disable(logging.CRITICAL)
 
     def fit_and_load() -> None:
         logger = TensorBoardLogger(tmp_path, version="same")

@@ -185,7 +185,7 @@ def shards(saved: Any, root: Path, trace: Path | None, place: str) -> Path:
     optimizer = {"more": Payload(trace) if place == "optimizer" and trace else 3}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        save_shards({"state_dict": state, "optimizer_0": optimizer}, checkpoint_id=root, no_dist=True)
+        save_shards({"state_dict": state, "optimizer_0": optimizer}, checkpoint_id=root)
     torch.save(checkpoint | ({"more": Payload(trace)} if place == "rest" and trace else {}), root / "meta.pt")
     if place == "index" and trace:
         index = pickle.loads((root / ".metadata").read_bytes())

@@ -46,7 +46,7 @@ def both() -> tuple[Network, Network]:
 
 
 def test_size_operations_and_latency_are_those_of_the_two_modules() -> None:
-    made = measured(*both())
+    made = measured(*both(), validation_seconds=20.0)
     # 4 x 5 weights and 5 biases; the BatchNorm has twice 5 numbers, twice 5 statistics and a count of 8 bytes.
     assert made["size"] == {
         "original": {"parameters": 35, "buffers": 12, "bytes": 4 * (35 + 11) + 8},
