@@ -226,9 +226,8 @@ def _is_average(graph: ValueGraph, call: Call, labels: Tensor) -> bool:
     maker = graph.maker(value)
     if maker is None or not maker.name.startswith(("aten.mean.dim", "aten._adaptive_avg_pool")):
         return False
-    averaged, last = graph.values[maker.inputs[0]].shape, _last_axis(labels)
-    pairs = list(zip(averaged[last:], value.shape[last:], strict=False))
-    return len(averaged) == len(value.shape) and all(before > 1 for before, after in pairs if after == 1)
+    averaged = graph.values[maker.inputs[0]].shape
+    return len(averaged) == len(value.shape) and 1 not in averaged[_last_axis(labels) :]
 
 
 def _short_axes(labels: Tensor, shape: tuple[int, ...]) -> tuple[int, int, int]:
