@@ -372,10 +372,8 @@ def _join_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
 
 
 def adds_nothing(call: Call) -> bool:
-    """Whether a sum is one with the number 0, with which ``sum`` begins, or a difference that takes 0 away."""
-    first, second = call.args
-    # `0 - x` and `0 + 2 * x` are calls of these operations too.
-    return second == 0 or (first == 0 and call.name == "aten.add.Tensor" and not call.kwargs)
+    """Whether a sum or a difference is one with the number 0 behind it; ``sum`` begins with ``0 + x``, which is one."""
+    return bool(call.args[1] == 0)
 
 
 def _terms(graph: ValueGraph, call: Call) -> list[int]:
