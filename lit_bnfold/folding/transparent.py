@@ -222,12 +222,12 @@ def _joins_before_channels(call: Call, labels: Tensor, moved: Tensor) -> bool:
 
 def _is_average(graph: ValueGraph, call: Call, labels: Tensor) -> bool:
     """Whether every axis of size 1 behind the channels is what an average left of a longer one, and so never grows."""
-    value = graph.values[call.inputs[0]]
-    maker = graph.maker(value)
-    if maker is None or not maker.name.startswith(("aten.mean.dim", "aten._adaptive_avg_pool")):
-        return False
-    averaged = graph.values[maker.inputs[0]].shape
-    return len(averaged) == len(value.shape) and 1 not in averaged[_last_axis(labels) :]
+    maker = graph.maker(graph.values[call.inputs[0]])
+    return (
+        maker is not None
+        and maker.name.startswith(("aten.mean.dim", "aten._adaptive_avg_pool"))
+        and 1 not in graph.values[maker.inputs[0]].shape[_last_axis(labels) :]
+    )
 
 
 def _short_axes(labels: Tensor, shape: tuple[int, ...]) -> tuple[int, int, int]:

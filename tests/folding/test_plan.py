@@ -491,9 +491,10 @@ def test_part_of_an_older_plan_is_neither_baked_nor_a_function() -> None:
     assert FoldingPlan.from_dict(plan) == FoldingPlan((Fold("bn", (Part("fc", (0, 1)),)),))
 
 
-def test_everything_in_a_plan_comes_back_with_its_type() -> None:
+@pytest.mark.parametrize("direction", ["backward", "forward", "parallel"])
+def test_everything_in_a_plan_comes_back_with_its_type(direction: str) -> None:
     part = Part("fc", (0, -1), shift=0.5, baked=True, function="linear")
-    whole = FoldingPlan((Fold("bn", (part,), "forward", "it costs", 0.0),), (Kept("b", "because", "code"),))
+    whole = FoldingPlan((Fold("bn", (part,), direction, "it costs", 0.0),), (Kept("b", "because", "code"),))
     again = FoldingPlan.from_dict(whole.to_dict())
     assert again == whole
     assert repr(again) == repr(whole)
@@ -503,7 +504,7 @@ def test_everything_in_a_plan_comes_back_with_its_type() -> None:
             {
                 "batchnorm": "bn",
                 "parts": [{"layer": "fc", "channels": [0, -1], "shift": 0.5, "baked": True, "function": "linear"}],
-                "direction": "forward",
+                "direction": direction,
                 "note": "it costs",
                 "eps": 0.0,
             }
