@@ -442,7 +442,7 @@ def _spatial(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 
 def _circular(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     # Padding comes as two numbers for each of the last axes.
-    padded = len(_argument(call, 1, "pad")) // 2
+    padded = len(call.args[1]) // 2
     return _unless_mixed(labels, list(range(labels.dim() - padded, labels.dim())))
 
 
