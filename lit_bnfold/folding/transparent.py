@@ -222,13 +222,12 @@ def _joins_before_channels(call: Call, labels: Tensor, moved: Tensor) -> bool:
 
 def _is_average(graph: ValueGraph, call: Call, labels: Tensor) -> bool:
     """Whether every axis of size 1 behind the channels is what an average left of a longer one, and so never grows."""
-    value = graph.values[call.inputs[0]]
-    maker = graph.maker(value)
-    if maker is None or not maker.name.startswith(("aten.mean.dim", "aten._adaptive_avg_pool")):
-        return False
-    averaged, last = graph.values[maker.inputs[0]].shape, _last_axis(labels)
-    pairs = list(zip(averaged[last:], value.shape[last:], strict=False))
-    return len(averaged) == len(value.shape) and all(before > 1 for before, after in pairs if after == 1)
+    maker = graph.maker(graph.values[call.inputs[0]])
+    return (
+        maker is not None
+        and maker.name.startswith(("aten.mean.dim", "aten._adaptive_avg_pool"))
+        and 1 not in graph.values[maker.inputs[0]].shape[_last_axis(labels) :]
+    )
 
 
 def _short_axes(labels: Tensor, shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -373,10 +372,8 @@ def _join_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
 
 
 def adds_nothing(call: Call) -> bool:
-    """Whether a sum is one with the number 0, with which ``sum`` begins, or a difference that takes 0 away."""
-    first, second = call.args
-    # `0 - x` and `0 + 2 * x` are calls of these operations too.
-    return second == 0 or (first == 0 and call.name == "aten.add.Tensor" and not call.kwargs)
+    """Whether a sum or a difference is one with the number 0 behind it; ``sum`` begins with ``0 + x``, which is one."""
+    return bool(call.args[1] == 0)
 
 
 def _terms(graph: ValueGraph, call: Call) -> list[int]:
@@ -445,7 +442,7 @@ def _spatial(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 
 def _circular(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     # Padding comes as two numbers for each of the last axes.
-    padded = len(_argument(call, 1, "pad")) // 2
+    padded = len(call.args[1]) // 2
     return _unless_mixed(labels, list(range(labels.dim() - padded, labels.dim())))
 
 

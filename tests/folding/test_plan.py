@@ -368,7 +368,23 @@ def test_sequence_averaged_over_its_steps_is_folded(judge: Judge, net: Any) -> N
 def test_image_averaged_to_one_place_and_flattened_is_folded(average: Any, view: Any, judge: Judge, net: Any) -> None:
     model = net(lambda m, x: m.bn(view(average(m.conv(x)))), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm1d(4))
     others = [(torch.randn(shape).double(),) for shape in ((1, 3, 4, 4), (2, 3, 2, 5), (3, 3, 1, 1))]
-    judge(model, torch.randn(2, 3, 4, 5).double(), folds={"bn": ["conv"]}, others=others)
+    judge(model, torch.randn(2, 3, 4, 2).double(), folds={"bn": ["conv"]}, others=others)
+
+
+def test_image_averaged_to_one_row_and_flattened_is_folded(judge: Judge, net: Any) -> None:
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d((1, 3)), nn.Flatten(2), nn.BatchNorm1d(4))
+    others = [(torch.randn(shape).double(),) for shape in ((1, 3, 4, 4), (2, 3, 1, 1))]
+    judge(pooled, torch.randn(2, 3, 4, 5).double(), folds={"3": ["0"]}, others=others)
+
+
+def test_window_averaged_to_one_place_may_leave_more_of_another_image(judge: Judge, net: Any) -> None:
+    model = net(
+        lambda m, x: m.bn(nn.functional.avg_pool2d(m.conv(x), 4).reshape(-1, 4)),
+        conv=nn.Conv2d(3, 4, 1),
+        bn=nn.BatchNorm1d(4),
+    )
+    small, large = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 8, 8).double()
+    judge(model, small, kept={"bn": "not-transparent"}, others=[(small,), (large,)])
 
 
 @pytest.mark.parametrize(
@@ -387,7 +403,10 @@ def test_axis_of_one_that_was_not_averaged_away_may_grow_into_the_channels(
     judge(model, narrow, kept={"bn": "not-transparent"}, others=[(narrow,), (wide,)])
 
 
-@pytest.mark.parametrize("flatten", [lambda h: h.reshape(-1, 12), lambda h: h.flatten(1).view(-1, 12)])
+@pytest.mark.parametrize(
+    "flatten",
+    [lambda h: h.reshape(-1, 12), lambda h: h.flatten(1).view(-1, 12), lambda h: h.reshape(len(h), 12, h.shape[2])],
+)
 def test_axis_of_one_between_two_axes_of_channels_may_grow_into_them(flatten: Any, judge: Judge, net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.bn(flatten(m.fc(x).view(*x.shape[:2], 4, 3).transpose(1, 2)))  # (N, 4, T, 3), and T is 1
@@ -474,9 +493,10 @@ def test_part_of_an_older_plan_is_neither_baked_nor_a_function() -> None:
     assert FoldingPlan.from_dict(plan) == FoldingPlan((Fold("bn", (Part("fc", (0, 1)),)),))
 
 
-def test_everything_in_a_plan_comes_back_with_its_type() -> None:
+@pytest.mark.parametrize("direction", ["backward", "forward", "parallel"])
+def test_everything_in_a_plan_comes_back_with_its_type(direction: str) -> None:
     part = Part("fc", (0, -1), shift=0.5, baked=True, function="linear")
-    whole = FoldingPlan((Fold("bn", (part,), "forward", "it costs", 0.0),), (Kept("b", "because", "code"),))
+    whole = FoldingPlan((Fold("bn", (part,), direction, "it costs", 0.0),), (Kept("b", "because", "code"),))
     again = FoldingPlan.from_dict(whole.to_dict())
     assert again == whole
     assert repr(again) == repr(whole)
@@ -486,7 +506,7 @@ def test_everything_in_a_plan_comes_back_with_its_type() -> None:
             {
                 "batchnorm": "bn",
                 "parts": [{"layer": "fc", "channels": [0, -1], "shift": 0.5, "baked": True, "function": "linear"}],
-                "direction": "forward",
+                "direction": direction,
                 "note": "it costs",
                 "eps": 0.0,
             }

@@ -98,6 +98,7 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Operation]] = {
     "replication of an image": ([(2, 3, 4, 5)], lambda x: F.pad(x, (1, 2, 0, 1), mode="replicate")),
     "replication of a volume": ([(2, 3, 4, 4, 4)], lambda x: F.pad(x, (1, 1, 0, 1, 1, 0), mode="replicate")),
     "circular padding": ([(2, 3, 4, 5)], lambda x: F.pad(x, (1, 2, 0, 1), mode="circular")),
+    "circular padding by keyword": ([(2, 3, 4)], lambda x: F.pad(x, mode="circular", pad=(1, 2))),
     **{
         f"{mode} upsampling of rank {rank}": (
             [(2, 3, *range(2, rank))], lambda x, mode=mode: F.interpolate(x, scale_factor=2, mode=mode)
@@ -189,24 +190,27 @@ def test_arguments_by_keyword_are_the_same_arguments(net: Any, case: str) -> Non
     graph, call = recorded(net, operation, [torch.randn(shape, dtype=torch.float64) for shape in shapes])
     if not call.name.startswith("aten."):
         pytest.skip("the recorder's own name: its arguments are where the recorder puts them")
-    _, name, overload = call.name.split(".")
-    names = [argument.name for argument in getattr(getattr(torch.ops.aten, name), overload)._schema.arguments]
-    first = 2 if name in ("add", "sub") else 1  # the tensors themselves
-    by_keyword = replace(
-        call,
-        args=call.args[:first],
-        kwargs=call.kwargs | dict(zip(names[first:], call.args[first:], strict=False)),
-    )
     rule = RULES[call.name]
     for position, index in enumerate(call.outputs):
         shape = graph.values[index].shape
         for axis, size in enumerate(shape):
             asked = Channels.along(axis, size, len(shape))
-            assert answer(rule.up, graph, by_keyword, position, asked) == answer(rule.up, graph, call, position, asked)
+            assert answer(rule.up, graph, by_keyword(call), position, asked) == answer(
+                rule.up, graph, call, position, asked
+            )
     for axis in range(len(graph.values[call.inputs[0]].shape)):
         known = {index: graph.values[index].shape for index in call.inputs}
         maps = {index: Channels.along(axis, shape[axis], len(shape)) for index, shape in known.items()}
-        assert answer(rule.down, graph, by_keyword, maps) == answer(rule.down, graph, call, maps)
+        assert answer(rule.down, graph, by_keyword(call), maps) == answer(rule.down, graph, call, maps)
+
+
+def by_keyword(call: Call) -> Call:
+    """The same call, its arguments given by the names that torch has for them."""
+    _, name, overload = call.name.split(".")
+    names = [argument.name for argument in getattr(getattr(torch.ops.aten, name), overload)._schema.arguments]
+    first = 2 if name in ("add", "sub") else 1  # the tensors themselves
+    given = dict(zip(names[first:], call.args[first:], strict=False))
+    return replace(call, args=call.args[:first], kwargs=call.kwargs | given)
 
 
 def answer(ask: Callable[..., Any], *question: Any) -> str:
@@ -259,7 +263,7 @@ def test_every_rule_of_the_table_is_tried(net: Any) -> None:
 @pytest.mark.parametrize(
     "operation",
     [lambda x: x.to(torch.int64), lambda x: x.roll(1), lambda x: x.repeat(2, 1), lambda x: x + 1, lambda x: x.sum(1),
-     lambda x: torch.sub(0, x), lambda x: torch.add(0, x, alpha=2),
+     lambda x: torch.sub(0, x), lambda x: torch.add(0, x), lambda x: torch.add(0, x, alpha=2),
      lambda x: F.pad(x, (1, 0)), lambda x: x.amax(1), lambda x: x * 2, lambda x: -x, lambda x: x @ x.t()],
 )  # fmt: skip
 def test_operations_outside_the_table_or_its_limits_do_not_pass(net: Any, operation: Operation) -> None:
@@ -300,10 +304,11 @@ def test_average_that_counts_or_divides_by_something_else_is_refused_both_ways(
 ) -> None:
     graph, call = recorded(net, operation, [torch.randn(2, 3, 4, 4)])
     channels = Channels.along(1, 3, 4)
-    with pytest.raises(NotTransparent, match=reason):
-        RULES[call.name].up(graph, call, 0, channels)
-    with pytest.raises(NotTransparent, match=reason):
-        RULES[call.name].down(graph, call, {call.inputs[0]: channels})
+    for each in (call, by_keyword(call)):
+        with pytest.raises(NotTransparent, match=reason):
+            RULES[call.name].up(graph, each, 0, channels)
+        with pytest.raises(NotTransparent, match=reason):
+            RULES[call.name].down(graph, each, {call.inputs[0]: channels})
 
 
 @pytest.mark.parametrize(
