@@ -32,8 +32,8 @@ def test_every_config_it_names_is_there() -> None:
 
 def test_every_picture_it_shows_is_there_and_small() -> None:
     pictures = re.findall(r'<img src="([^"]+)"', README)
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     for name in pictures:
         content = (ROOT / name).read_bytes()
-        assert content.startswith(b"\x89PNG")
+        assert content.startswith(b"<svg " if name.endswith(".svg") else b"\x89PNG")
         assert len(content) < 200_000

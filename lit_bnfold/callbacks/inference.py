@@ -39,7 +39,8 @@ _LEAST, _MOST = 0.015, 2.0
 
 _FEWEST_PAIRS, _MOST_PAIRS = 3, 30
 
-# A larger batch is run only when one of an eighth of its size has shown that there is time for it.
+# A larger batch is run only when smaller ones have shown that there is time for it; it is so many times larger, unless
+# there is plenty.
 _GROWTH = 8
 
 # Bytes: everything that the operations of one run make, taken together.
@@ -228,18 +229,22 @@ def _add_latency(inference: Inference, versions: _Versions, call: Call, rows: in
 
 def _pairs(versions: _Versions, call: Call, rows: int, seconds: float) -> list[tuple[float, float]]:
     """Run both versions in turn for a while; the times of each pair."""
-    deadline, size = time.perf_counter() + seconds, 1
+    deadline, size, smaller, less = time.perf_counter() + seconds, 1, 0, 0.0
     while True:
         batch = call.of_size(size)
         spent = sum(_pair(versions, batch, turned=False))
-        ahead = spent * min(_GROWTH, rows / size) if size < rows else spent * _FEWEST_PAIRS
-        if time.perf_counter() + ahead > deadline:
+        # A small batch takes nearly as long as a single example, and what each further one adds tells of a large one.
+        each = max(0.0, spent - less) / (size - smaller)
+        left, whole = deadline - time.perf_counter(), spent + each * (rows - size)
+        larger = rows if (1 + _FEWEST_PAIRS) * whole <= left else min(size * _GROWTH, rows)
+        ahead = spent + each * (larger - size) if size < rows else spent * _FEWEST_PAIRS
+        if ahead > left:
             raise FoldingError(
                 f"one run of a batch of {size:,} takes {spent / 2:.2g} s, too long for the {seconds:.2g} s there are"
             )
         if size == rows:
             break
-        size = min(size * _GROWTH, rows)
+        size, smaller, less = larger, size, spent
     pairs: list[tuple[float, float]] = []
     while len(pairs) < _FEWEST_PAIRS or (len(pairs) < _MOST_PAIRS and time.perf_counter() < deadline):
         pairs.append(_pair(versions, batch, turned=len(pairs) % 2 == 1))
