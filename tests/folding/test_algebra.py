@@ -136,6 +136,13 @@ def test_arguments_are_left_alone() -> None:
     assert_equal(given, before)
 
 
+def test_a_transposed_weight_holds_its_outputs_second_and_has_one_group_unless_told() -> None:
+    weight, (scale, shift) = torch.randn(3, 5, 2), torch.randn(2, 5).double()
+    folded, bias = fold_into_outputs(weight, None, scale, shift, transposed=True)
+    assert torch.equal(folded, (weight.double() * scale[:, None]).float())
+    assert torch.equal(bias, shift.float())
+
+
 @pytest.mark.parametrize("most", [1, 4, 9, 10, 1000])
 def test_a_weight_of_several_blocks_is_multiplied_whole(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_bnfold.folding.algebra._BLOCK", most)

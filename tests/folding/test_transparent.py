@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -372,6 +372,18 @@ def test_maps_are_the_same_if_elements_and_share_of_the_shift_are() -> None:
     assert whole.same_as(Channels(torch.tensor([[0, 1, 2]])))
     assert not whole.same_as(Channels(torch.tensor([[0, 1, UNTOUCHED]])))
     assert not whole.same_as(replace(whole, shift=0.0))
+
+
+@pytest.mark.parametrize("record", [Channels.along(1, 3, 2), RULES["aten.add.Tensor"]])
+def test_maps_and_rules_cannot_be_changed(record: Any) -> None:
+    with pytest.raises(FrozenInstanceError):
+        setattr(record, next(iter(vars(record))), None)
+
+
+def test_maps_are_compared_by_what_they_map_alone() -> None:
+    whole, again = Channels.along(1, 3, 2), Channels.along(1, 3, 2)
+    assert whole.same_as(again)
+    assert whole != again, "`==` of two tensors is no answer, so there is none"
 
 
 def test_two_maps_agree_or_are_refused() -> None:
