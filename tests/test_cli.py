@@ -449,6 +449,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_folds_it(tmp_path: Path
 # What is asked for besides --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="exports are promised from torch 2.13 on")
 def test_statistics_are_reestimated_and_the_folded_network_exported_on_request(tmp_path: Path) -> None:
     for name in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(name)
