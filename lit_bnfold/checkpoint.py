@@ -404,7 +404,7 @@ def naming_the_checkpoint(path: object) -> Iterator[None]:
         path: The checkpoint.
 
     Raises:
-        ValueError: In place of an error that says nothing by itself, such as a KeyError.
+        ValueError: In place of an error that says nothing by itself, such as a KeyError, or names no file.
     """
     try:
         yield
@@ -412,6 +412,9 @@ def naming_the_checkpoint(path: object) -> Iterator[None]:
     except TypeError:
         raise
     except Exception as error:
+        # The class does not know where a hyperparameter that it refuses comes from.
+        if type(error) is ValueError and str(path) not in str(error):
+            raise ValueError(f"{path} cannot be loaded: {error}") from error
         if explains_itself(error):
             raise
         raise ValueError(cannot_be_loaded(path, error)) from error

@@ -448,6 +448,7 @@ def test_a_checkpoint_of_other_content_is_refused_or_is_another_checkpoint(
         count,
         (("state_dict",), ("delete", None)),
         (("hyper_parameters",), ("replace", [])),
+        (("hyper_parameters", "vocab_size"), ("replace", None)),
         (("pytorch-lightning_version",), ("replace", "")),
         (("state_dict", "net.linear1.bias"), ("replace", integers)),
         ((MANIFEST, "folds", 0, "eps"), ("replace", 10**30)),
