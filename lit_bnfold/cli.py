@@ -77,7 +77,7 @@ _SUBCOMMANDS = {
 _HELP = {
     "seed_everything": "Seed of all random numbers; `true` for a random one, `false` for none.",
     "weights_only": "`false` to read a checkpoint that holds more than tensors and plain values; it can run any code. "
-    "By default `true` for a file and `false` for a URL.",
+    "By default `true`.",
 }
 
 # They would look for a training's directory, and tell that it is another one.
@@ -169,7 +169,7 @@ class NamesCLI(LightningCLI):
         if path is None and self.config.subcommand == "predict":
             raise ValueError("Expected a checkpoint to sample names from; pass --ckpt_path FILE, or --ckpt_path last.")
         if path is not None and Path(path).is_file():
-            checkpoint = read_checkpoint(Path(path), weights_only=True)
+            checkpoint = read_checkpoint(Path(path), weights_only=config.weights_only is not False)
             explicit = _arguments_of_the_network(given, configurations) & vars(config.model).keys()
             _tell_overridden(path, checkpoint.get("hyper_parameters", {}), {k: config.model[k] for k in explicit})
             # Before everything else on the command line, so that what is said there or in a configuration counts.
@@ -177,8 +177,7 @@ class NamesCLI(LightningCLI):
             self.config = parser.parse_args([*given[:place], *_data_arguments(checkpoint), *given[place:]])
         self.config[self.config.subcommand].ckpt_path = path
         # Lightning's default allows any code in a checkpoint that it loads from the net.
-        given_leave = self.config[self.config.subcommand].weights_only is False
-        self.config[self.config.subcommand].weights_only = not given_leave
+        self.config[self.config.subcommand].weights_only = config.weights_only is not False
 
     def before_instantiate_classes(self) -> None:
         """Set the number of threads before anything computes."""
