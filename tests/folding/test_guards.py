@@ -1254,3 +1254,14 @@ def test_frozen_batchnorm_with_a_channel_that_never_varied_is_folded(agree: Any)
     folded = fold_batchnorm(model, (X,))
     assert isinstance(folded[1], nn.Identity)
     agree(model, folded, [(X,)], tolerance=1e-9)
+
+
+def test_reshapes_that_only_as_many_examples_as_channels_make_nothing_of_are_seen_through(
+    judge: Judge, net: Any
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        shape = h.shape
+        return m.bn(h.t().reshape(shape).t().reshape(shape)).tanh()
+
+    judge(net(forward), torch.randn(4, 3, dtype=torch.float64), kept={"bn": "not-transparent"})
