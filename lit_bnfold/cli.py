@@ -76,8 +76,8 @@ _SUBCOMMANDS = {
 
 _HELP = {
     "seed_everything": "Seed of all random numbers; `true` for a random one, `false` for none.",
-    "weights_only": "`false` to read a checkpoint that holds more than tensors and plain values; it can run any code. "
-    "By default `true`.",
+    "weights_only": "`false` to read a checkpoint at a URL that holds more than tensors and plain values; it can run "
+    "any code. A file must not hold more. By default `true`.",
 }
 
 # They would look for a training's directory, and tell that it is another one.
@@ -169,7 +169,7 @@ class NamesCLI(LightningCLI):
         if path is None and self.config.subcommand == "predict":
             raise ValueError("Expected a checkpoint to sample names from; pass --ckpt_path FILE, or --ckpt_path last.")
         if path is not None and Path(path).is_file():
-            checkpoint = read_checkpoint(Path(path), weights_only=config.weights_only is not False)
+            checkpoint = read_checkpoint(Path(path), weights_only=True)
             explicit = _arguments_of_the_network(given, configurations) & vars(config.model).keys()
             _tell_overridden(path, checkpoint.get("hyper_parameters", {}), {k: config.model[k] for k in explicit})
             # Before everything else on the command line, so that what is said there or in a configuration counts.
