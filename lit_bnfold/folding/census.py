@@ -205,7 +205,8 @@ class Census:
             return "own-forward", f"its class {type(module).__name__} holds other BatchNorms"
         if any(tensor.is_meta for tensor in used):
             return "unusual-weight", "its statistics are on the meta device and hold no numbers"
-        if any(tensor.shape != (self.kinds.num_features(module),) for tensor in used):
+        shape = (self.kinds.num_features(module),)
+        if any(tensor.shape != shape for tensor in used):
             return "unusual-weight", "it has not as many channels as its attributes say"
         if not all(is_plain(tensor) for tensor in self.owned[module].values()):
             return (
@@ -253,6 +254,8 @@ def _seal(module: nn.Module) -> Obstacle | None:
 def is_plain(tensor: Tensor) -> bool:
     """Whether operations on a tensor are torch's own; a subclass may give them another meaning."""
     kind = type(tensor)
+    if kind is Tensor or kind is nn.Parameter:
+        return True
     function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
     return function in _TORCHS_FUNCTIONS and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -14,11 +14,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from lit_bnfold.folding.graph import FoldingError
 from lit_bnfold.folding.kinds import own_tensors
-from lit_bnfold.folding.record import WITHOUT_TENSORS, tensors_in
+from lit_bnfold.folding.record import WITHOUT_TENSORS, holds_no_tensor, tensors_in
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 _CONTAINERS = (dict, OrderedDict, list, set)
+
+# For its hooks and the like, every module has a dozen of dicts, which it shares with nobody and which are mostly empty.
+_DICTS_OF_EACH = {key for key, value in vars(nn.Module()).items() if type(value) in _CONTAINERS}
 
 # These only give objects of older versions what they lack.
 _USUAL_SETSTATE = (nn.Module.__setstate__, _ConvNd.__setstate__)
@@ -62,71 +65,92 @@ def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
     Raises:
         FoldingError: If it cannot be copied.
     """
-    modules, memo = list(_inside_first(model, set())), memo or {}
-    passed_on = {id(other) for other in memo.values()}
-    held = [value for module in modules for value in vars(module).values() if not _is_bare(value)]
-    known = {id(tensor): tensor.detach().clone() for tensor in tensors_in(held) if not tensor.is_leaf} | memo
+    modules, memo = _inside_first(model), memo or {}
+    known = {id(tensor): tensor.detach().clone() for tensor in tensors_in(_held(modules)) if not tensor.is_leaf} | memo
+    ordinary = {kind for kind in set(map(type, modules)) if _is_ordinary(kind)}
     try:
-        copied = _deepcopy(model, modules, known)
+        copied = _deepcopy(model, [module for module in modules if type(module) in ordinary], known)
     except Exception as error:
         raise FoldingError(f"The model cannot be copied: {error}") from error
-    originals = {} if all(map(_is_ordinary, modules)) else dict(model.named_modules())
+    # A class that copies itself in a way of its own may forget the mode.
+    originals = {} if ordinary.issuperset(map(type, modules)) else dict(model.named_modules())
     for name, module in copied.named_modules() if originals else ():
-        if name in originals:  # A class that copies itself in a way of its own may forget the mode.
+        if name in originals:
             module.training = originals[name].training
-    parts = {id(part) for module in modules for part in _parts(module)} - passed_on
-    if any(id(part) in parts for module in copied.modules() for part in _parts(module)):
+    if not _parts(modules).isdisjoint(_parts(_inside_first(copied)) - {id(other) for other in memo.values()}):
         raise FoldingError("The model cannot be copied: its copy holds parts of the model itself.")
     return copied
 
 
-def _parts(module: nn.Module) -> list[Any]:
-    """What a copy must not share with its original."""
-    return [module, *(parameter for parameter in module._parameters.values() if parameter is not None)]
+def _parts(modules: Iterable[nn.Module]) -> set[int]:
+    """The identities of what a copy must not share with its original."""
+    parts = set[int]()
+    for module in modules:
+        parts.add(id(module))
+        parts.update(map(id, module._parameters.values()))
+    parts.discard(id(None))
+    return parts
 
 
-def _deepcopy(model: _Model, modules: Sequence[nn.Module], memo: dict[int, Any]) -> _Model:
-    """What ``copy.deepcopy`` gives, and faster: nearly all that a module holds needs no search."""
-    ordinary = [module for module in modules if id(module) not in memo and _is_ordinary(module)]
-    for module in ordinary:
+def _held(modules: Iterable[nn.Module]) -> list[Any]:
+    """What may hold a tensor, of all that modules hold."""
+    return [
+        value
+        for module in modules
+        for key, value in vars(module).items()
+        if not ((key in _DICTS_OF_EACH and not value) or holds_no_tensor(value))
+    ]
+
+
+def _deepcopy(model: _Model, ordinary: Sequence[nn.Module], memo: dict[int, Any]) -> _Model:
+    """What ``copy.deepcopy`` gives, and faster: nearly all that an ordinary module holds needs no search."""
+    new = [module for module in ordinary if id(module) not in memo]
+    for module in new:
         memo[id(module)] = type(module).__new__(type(module))
-    for module in ordinary:
+    for module in new:
         copied = vars(memo[id(module)])
         state = module.__getstate__() if hasattr(module, "__getstate__") else vars(module)
         for key, value in state.items():
-            copied[key] = _copy_of(value, memo)
+            if type(value) in WITHOUT_TENSORS:
+                copied[key] = value
+            elif key in _DICTS_OF_EACH and not value:
+                copied[key] = type(value)()
+            else:
+                copied[key] = _copy_of(value, memo)
     return copy.deepcopy(model, memo)
 
 
 def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
     kind: Any = type(value)
-    if kind in WITHOUT_TENSORS:
-        return value
     if id(value) in memo:
         return memo[id(value)]
-    if not (kind is dict and all(type(key) is str for key in value)) and not (kind in _CONTAINERS and not value):
-        return copy.deepcopy(value, memo)
-    copied = memo[id(value)] = kind()
-    if value:
-        copied.update((key, _copy_of(each, memo)) for key, each in value.items())
+    if kind in _CONTAINERS and not value:
+        copied = memo[id(value)] = kind()
+    elif kind is dict and all(type(key) is str for key in value):
+        copied = memo[id(value)] = {}
+        for key, each in value.items():
+            copied[key] = each if type(each) in WITHOUT_TENSORS else _copy_of(each, memo)
+    else:
+        copied = value if holds_no_tensor(value) else copy.deepcopy(value, memo)
     return copied
 
 
-def _inside_first(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:
+def _inside_first(model: nn.Module) -> list[nn.Module]:
     """The modules of a model, so that whoever copies itself in a way of its own finds those inside it whole."""
+    found: list[nn.Module] = []
+    _enter_inside_first(model, set(), found)
+    return found
+
+
+def _enter_inside_first(module: nn.Module, seen: set[nn.Module], found: list[nn.Module]) -> None:
     seen.add(module)
     for inner in module._modules.values():
         if inner is not None and inner not in seen:
-            yield from _inside_first(inner, seen)
-    yield module
+            _enter_inside_first(inner, seen, found)
+    found.append(module)
 
 
-def _is_bare(value: Any) -> bool:
-    return type(value) in WITHOUT_TENSORS or (type(value) in _CONTAINERS and not value)
-
-
-def _is_ordinary(module: nn.Module) -> bool:
-    kind = type(module)
+def _is_ordinary(kind: type) -> bool:
     if kind not in _copied_as_usual:
         _copied_as_usual[kind] = _is_copied_as_usual(kind)
     return _copied_as_usual[kind]

@@ -282,7 +282,7 @@ class ValueGraph:
                 continue
             # Whether a layer had a bias is left out: one run of two lends it one.
             is_layer = call.kind == "layer"
-            read = call.inputs[:1] if is_layer else call.inputs
+            read = call.inputs[:1] if call.owner is not None else call.inputs
             given = [call.args[3:], call.kwargs | {"bias": None}] if is_layer else [call.args, call.kwargs]
             # Each once: what an erased BatchNorm gives may be read beside what it was given.
             inputs = list(dict.fromkeys(numbers[passed_on.get(index, index)] for index in read))
