@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_bnfold.callbacks import BatchNormFolding, HistogramMonitor, UpdateRatioMonitor
 from lit_bnfold.callbacks.best_checkpoint import BestCheckpoint
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
-from lit_bnfold.callbacks.monitor import skip_idle_hooks
+from lit_bnfold.callbacks.monitor import OnWrittenSteps, skip_idle_hooks
 from lit_bnfold.callbacks.restoring import Restoring
 from lit_bnfold.callbacks.speed import SpeedMonitor
 from lit_bnfold.checkpoint import WholeCheckpointIO, read_checkpoint, whole_file
@@ -216,6 +216,7 @@ class NamesCLI(LightningCLI):
         callbacks = [each for each in trainer.callbacks if not isinstance(each, unwanted)]  # type: ignore[attr-defined]
         for callback in callbacks:
             skip_idle_hooks(callback)
+        callbacks += [OnWrittenSteps(each) for each in callbacks if isinstance(each, LearningRateMonitor)]
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()

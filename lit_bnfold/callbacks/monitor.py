@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -50,6 +51,19 @@ def logged_step(trainer: Trainer, pl_module: LightningModule) -> int:
     return trainer.global_step if pl_module.automatic_optimization else trainer.fit_loop.total_batch_idx
 
 
+def steps_to_written(trainer: Trainer, step: int, every_n_steps: int | None = None) -> int:
+    """Return how many steps there are to the next that is written, 0 if it is this one.
+
+    Args:
+        trainer: The trainer.
+        step: The step, counted from 0.
+        every_n_steps: Steps between two that are written; None for the trainer's ``log_every_n_steps``, of which 0
+            writes nothing, ever.
+    """
+    every: int = every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return -(step + 1) % every if every else 1
+
+
 def check_every_n_steps(every_n_steps: int) -> None:
     """Refuse what is no number of steps.
 
@@ -66,9 +80,9 @@ def check_every_n_steps(every_n_steps: int) -> None:
 class Monitor(Callback):
     """Does something on chosen steps of a training, on rank 0, and costs the others next to nothing.
 
-    Until a chosen step comes, only the counting in ``on_train_batch_start`` runs: the other hooks of a step are hidden
-    behind a None, which Lightning passes over. A subclass says which steps it wants in ``_steps_left`` and what it does
-    there in ``_reach``.
+    Until a chosen step comes, only the counting in ``on_train_batch_start`` runs, in the first of a Trainer's monitors
+    for all of them: the other hooks of a step are hidden behind a None, which Lightning passes over. A subclass says
+    which steps it wants in ``_steps_left`` and what it does there in ``_reach``.
     """
 
     def __init__(self) -> None:
@@ -76,20 +90,23 @@ class Monitor(Callback):
         self._hide_hooks()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count."""
+        """Begin to count, if this is the first monitor."""
         self._batches_left = 0
+        vars(self).pop("on_train_batch_start", None)
+        if next(_monitors(trainer), self) is not self:
+            vars(self)["on_train_batch_start"] = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count, and act if this step is one of the chosen ones."""
+        """Count, and let those monitors act that have chosen this step."""
         # A batch is at most one step, so that it is enough to look at the number of the step when this has run down.
         if self._batches_left:
             self._batches_left -= 1
         elif trainer.is_global_zero and trainer.loggers:
             step = logged_step(trainer, pl_module)
-            steps_left = self._steps_left(trainer, step)
-            self._batches_left = max(steps_left - 1, 0)
-            if steps_left == 0:
-                self._reach(trainer, pl_module, step)
+            steps_left = {monitor: monitor._steps_left(trainer, step) for monitor in _monitors(trainer)}
+            self._batches_left = max(min(steps_left.values()) - 1, 0)
+            for monitor in (monitor for monitor, left in steps_left.items() if left == 0):
+                monitor._reach(trainer, pl_module, step)
 
     def _hide_hooks(self) -> None:
         vars(self).update(dict.fromkeys(_STEP_HOOKS[1:]))
@@ -106,6 +123,32 @@ class Monitor(Callback):
     def _reach(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         """Act before a batch of a chosen step, which has several where gradients accumulate."""
         raise NotImplementedError
+
+
+class OnWrittenSteps(Monitor):
+    """Calls another callback's ``on_train_batch_start`` on the steps that are written, and on no other.
+
+    Lightning's ``LearningRateMonitor`` looks itself whether a step is written, and even that costs the small network
+    half a percent of its time.
+
+    Args:
+        callback: A callback that does nothing there on other steps, and makes no use of the batch.
+    """
+
+    def __init__(self, callback: Callback) -> None:
+        super().__init__()
+        self.callback = callback
+        vars(callback)["on_train_batch_start"] = None
+
+    def _steps_left(self, trainer: Trainer, step: int) -> int:
+        return steps_to_written(trainer, step)
+
+    def _reach(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        type(self.callback).on_train_batch_start(self.callback, trainer, pl_module, None, 0)
+
+
+def _monitors(trainer: Trainer) -> Iterator[Monitor]:
+    return (each for each in trainer.callbacks if isinstance(each, Monitor))  # type: ignore[attr-defined]
 
 
 class StepMonitor(Monitor):

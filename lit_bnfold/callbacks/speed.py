@@ -6,7 +6,7 @@ from time import perf_counter
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_bnfold.callbacks.monitor import Monitor
+from lit_bnfold.callbacks.monitor import Monitor, steps_to_written
 
 
 class SpeedMonitor(Monitor):
@@ -46,8 +46,7 @@ class SpeedMonitor(Monitor):
     def _steps_left(self, trainer: Trainer, step: int) -> int:
         if self._since is None:
             self._since = step, perf_counter()
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return -(step + 1) % every if every else 1
+        return steps_to_written(trainer, step)
 
     def _reach(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         assert self._since is not None

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lit_bnfold.callbacks.monitor import StepMonitor, check_every_n_steps
+from lit_bnfold.callbacks.monitor import StepMonitor, check_every_n_steps, steps_to_written
 
 # A float32 has eight digits: what is smaller is a single element that was rounded the other way.
 _NOISE = 1e-8
@@ -55,9 +55,7 @@ class UpdateRatioMonitor(StepMonitor):
         self._before: dict[str, tuple[nn.Parameter, Tensor]] = {}
 
     def _steps_left(self, trainer: Trainer, step: int) -> int:
-        # A Trainer with 0 writes nothing, ever.
-        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return -(step + 1) % every if every else 1
+        return steps_to_written(trainer, step, self.every_n_steps)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parameters = {
