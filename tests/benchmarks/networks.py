@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -86,14 +87,15 @@ class Inverted(nn.Module):
 
 
 def mobilenet_v2() -> nn.Module:
-    """Sandler et al., 2018."""
-    layers, i = conv(3, 32, 3, 2, act=nn.ReLU6), 32
+    """Sandler et al., 2018, with activations in place, as torchvision has them."""
+    act = partial(nn.ReLU6, inplace=True)
+    layers, i = conv(3, 32, 3, 2, act=act), 32
     stages = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
     for times, o, count, first in stages:
         for stride in (first, *[1] * (count - 1)):
-            layers.append(Inverted(i, times * i, o, 3, stride, nn.ReLU6, None))
+            layers.append(Inverted(i, times * i, o, 3, stride, act, None))
             i = o
-    return nn.Sequential(*layers, *conv(i, 1280, 1, act=nn.ReLU6), *logits(1280)).eval()
+    return nn.Sequential(*layers, *conv(i, 1280, 1, act=act), *logits(1280)).eval()
 
 
 def mobilenet_v3() -> nn.Module:
