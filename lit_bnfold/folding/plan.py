@@ -191,7 +191,7 @@ class FoldingPlan:
             if count > 1:
                 raise _not_a_plan("the plan", "each BatchNorm once", [name] * count)
         if version > 1 and given[_CHECKSUM] != _checksum(plan):
-            raise _not_a_plan(f"the plan.{_CHECKSUM}", "that of the plan, which was changed", given[_CHECKSUM])
+            raise _not_a_plan(f"the plan.{_CHECKSUM}", "the checksum of the rest, which was changed", given[_CHECKSUM])
         return cls(folds, kept)
 
     def __str__(self) -> str:

@@ -536,7 +536,7 @@ def test_plan_that_was_changed_after_it_was_made_is_refused(direction: str, part
     plan = FoldingPlan((Fold("bn", (Part("fc", (0, 1)),)),)).to_dict()
     [fold] = plan["folds"]
     changed = plan | {"folds": [fold | {"direction": direction, "parts": [fold["parts"][0] | part]}]}
-    with pytest.raises(FoldingError, match=r"the plan\.sha256: expected that of the plan, which was changed, found '"):
+    with pytest.raises(FoldingError, match=r"the plan\.sha256: expected the checksum of the rest, which was changed, "):
         FoldingPlan.from_dict(changed)
     # A plan of the first version says nothing that would tell, and is no such plan as long as it does.
     with pytest.raises(FoldingError, match="the plan: expected nothing but version, folds, kept, found 'sha256'"):
