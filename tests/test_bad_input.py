@@ -593,12 +593,13 @@ def test_any_manifest_is_a_plan_or_refused_with_the_place(count: int) -> None:
         (("kept", 0, "batchnorm"), ("replace", "b")),
         (("version",), ("replace", True)),
         (("version",), ("replace", 10**400)),
-        (("version",), ("replace", 10**5000)),
         (("version",), ("replace", 1)),
-        (("folds", 1, "parts", 0, "channels", 0), ("replace", 10**5000)),
         (("folds", 1, "parts", 0, "shift"), ("replace", 1)),
         (("folds", 0, "direction"), ("replace", "forward")),
     ]
+    # Older versions of hypothesis write down what is given to them, and this cannot be written.
+    for place in (("version",), ("folds", 1, "parts", 0, "channels", 0)):
+        case((place, ("replace", 10**5000)))
     run_cases(case, changes | added | JSON, count, *examples)
 
 

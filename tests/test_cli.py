@@ -731,7 +731,8 @@ def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
 def explanations(said: str) -> dict[str, str]:
     """What is said of each option, on one line."""
-    entries = re.findall(r"^  (--\S+)(.*(?:\n {4,}.*)*)", said, flags=re.MULTILINE)
+    # A newer jsonargparse lists the form that appends as well, behind a comma.
+    entries = re.findall(r"^  (--[^\s,]+)(.*(?:\n {4,}.*)*)", said, flags=re.MULTILINE)
     return {option: " ".join(text.split()) for option, text in entries}
 
 

@@ -20,6 +20,10 @@ from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from lit_bnfold import __main__ as command
+from lit_bnfold.cli import _leave
+
+# `python -m` warns of a module that has been imported, and other tests run it so.
+del sys.modules[command.__name__]
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals end processes there")
 
@@ -102,6 +106,11 @@ def test_a_signal_at_any_line_of_tensorboard_leaves_a_file_that_can_be_closed(
         closing.start()
         closing.join(30)
         assert not closing.is_alive(), f"stopped at line {line} of {undisturbed.seen}"
+
+
+def test_a_file_whose_name_is_bytes_is_named_as_any_other() -> None:
+    with pytest.raises(SystemExit, match=r"^lit-bnfold: \[Errno 13\] no: '/x/events'\. Allow it, or choose another"):
+        _leave(PermissionError(13, "no", b"/x/events"))
 
 
 def test_elsewhere_a_signal_stops_at_once(signum: int) -> None:

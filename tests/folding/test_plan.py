@@ -332,6 +332,8 @@ def test_last_step_of_a_sequence_is_folded(judge: Judge, net: Any) -> None:
     judge(net(lambda m, x: m.bn(m.fc(x)[:, -1])), SEQUENCE, folds={"bn": ["fc"]})
 
 
+# Older versions slice all axes before they pick of one, and what is sliced is read by two.
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="an older torch picks of an axis in two steps")
 def test_last_step_is_kept_if_another_one_is_read_as_it_is(judge: Judge, net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.fc(x)
@@ -340,6 +342,7 @@ def test_last_step_is_kept_if_another_one_is_read_as_it_is(judge: Judge, net: An
     judge(net(forward), SEQUENCE, kept={"bn": "channel-axis"})
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="an older torch picks of an axis in two steps")
 @pytest.mark.parametrize("pick", [lambda h: (h[:, 0], h[:, 1]), lambda h: h.unbind(1)])
 def test_step_of_a_stack_is_folded_whatever_the_others_are(pick: Any, judge: Judge, net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
