@@ -8,6 +8,10 @@ import threading
 from types import FrameType
 from typing import NoReturn
 
+# Of TensorBoard: what is logged is handed over to a thread that writes it.
+_HANDED_OVER_IN = "tensorboard.summary.writer.event_file_writer"
+_PUT_OFF_SECONDS = 0.01
+
 
 class _Terminated(BaseException):
     """SIGTERM has come."""
@@ -22,6 +26,8 @@ def run() -> None:
     threading.excepthook = _leave_to_the_main_thread
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         # It takes seconds, in which one may think better of it.
         from lit_bnfold.cli import main
@@ -33,14 +39,38 @@ def run() -> None:
         _stop("SIGTERM", signal.SIGTERM)
     finally:
         # All is done or said; on its way out Python would answer with a traceback.
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     # While Lightning trains it listens itself, calls this too, and stops when the step is done.
-    if signal.getsignal(signum) is _terminate:
+    if signal.getsignal(signum) is _terminate and not _is_put_off(signum, frame):
         raise _Terminated
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    if not _is_put_off(signum, frame):
+        raise KeyboardInterrupt
+
+
+def _is_put_off(signum: int, frame: FrameType | None) -> bool:
+    """Whether something is being handed over to TensorBoard's thread; the signal comes again in a moment then.
+
+    An exception in the middle of that can leave a lock held that nobody releases, or a thread that does not know of
+    what it has to write. Lightning closes the files of a training that is stopped, and would wait for that thread: for
+    two minutes, or without an end.
+    """
+    while frame is not None and frame.f_globals.get("__name__") != _HANDED_OVER_IN:
+        frame = frame.f_back
+    # Windows has no such timers.
+    if frame is None or not hasattr(signal, "setitimer"):
+        return False
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signum))
+    signal.setitimer(signal.ITIMER_REAL, _PUT_OFF_SECONDS)
+    return True
 
 
 def _stop(by: str, signum: signal.Signals) -> NoReturn:

@@ -15,7 +15,7 @@ import tempfile
 import types
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from pathlib import Path
 from pickle import UnpicklingError
@@ -404,6 +404,7 @@ def naming_the_checkpoint(path: object) -> Iterator[None]:
         path: The checkpoint.
 
     Raises:
+        FoldingError: In place of one that names no file.
         ValueError: In place of an error that says nothing by itself, such as a KeyError, or names no file.
     """
     try:
@@ -412,9 +413,9 @@ def naming_the_checkpoint(path: object) -> Iterator[None]:
     except TypeError:
         raise
     except Exception as error:
-        # The class does not know where a hyperparameter that it refuses comes from.
-        if type(error) is ValueError and str(path) not in str(error):
-            raise ValueError(f"{path} cannot be loaded: {error}") from error
+        # The class does not know where a hyperparameter that it refuses comes from, nor does a plan know its file.
+        if type(error) in (ValueError, FoldingError) and str(path) not in str(error):
+            raise type(error)(f"{path} cannot be loaded: {error}") from error
         if explains_itself(error):
             raise
         raise ValueError(cannot_be_loaded(path, error)) from error
@@ -657,12 +658,13 @@ def _take_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     path = _being_loaded(module)
     if path is not None:
         check_is_undamaged(path)
-    checkpoint["state_dict"].pop(SIGNPOST, None)
-    plan = FoldingPlan.from_dict(checkpoint[MANIFEST])
-    if not _is_folded(module, plan):
-        fold_structure(plan, module)
-        _add_to_hook(module, "on_save_checkpoint", partial(_add_manifest, plan))
-    _check_dtypes(module, checkpoint["state_dict"])
+    with nullcontext() if path is None else naming_the_checkpoint(path):
+        checkpoint["state_dict"].pop(SIGNPOST, None)
+        plan = FoldingPlan.from_dict(checkpoint[MANIFEST])
+        if not _is_folded(module, plan):
+            fold_structure(plan, module)
+            _add_to_hook(module, "on_save_checkpoint", partial(_add_manifest, plan))
+        _check_dtypes(module, checkpoint["state_dict"])
 
 
 def _being_loaded(module: Any) -> Path | None:

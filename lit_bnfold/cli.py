@@ -354,5 +354,8 @@ def _leave(error: Exception | str) -> NoReturn:
     while isinstance(told, OSError) and told.filename is None and told.__context__ is not None:
         told = told.__context__
     told = told if isinstance(told, OSError) and told.filename is not None else error
+    if isinstance(told, OSError) and isinstance(told.filename, bytes):
+        # TensorBoard opens its files so.
+        told = OSError(told.errno, told.strerror, os.fsdecode(told.filename))
     remedy = _REMEDIES.get(told.errno or 0) if isinstance(told, OSError) else None
     sys.exit(f"lit-bnfold: {told}" + (f". {remedy}, or choose another place." if remedy else ""))

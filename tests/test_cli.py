@@ -262,6 +262,29 @@ def test_two_runs_with_one_seed_are_the_same(smoke: Run, tmp_path: Path) -> None
     assert other.report["validation"] != smoke.report["validation"]
 
 
+def test_as_many_threads_give_the_same_bits_and_another_number_nearly_the_same(tmp_path: Path) -> None:
+    # Large enough for torch to share the work out.
+    args = [*SHORT, "--data.batch_size", 1024, "--model.n_hidden", "[64]"]
+    runs = {}
+    try:
+        for number in (1, 2):
+            for root in (tmp_path / f"{number}", tmp_path / f"{number} again"):
+                args_of_run = ["--config", CONFIGS[0].parent / "smoke.yaml", *args, "--num_threads", number]
+                runs[root.name] = command(root, "fit", *args_of_run)
+                assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(1)
+    for one in ("1", "2"):
+        again = runs[f"{one} again"]
+        assert again.report == runs[one].report
+        assert again.metrics == runs[one].metrics
+        for name in ("checkpoints/last.ckpt", "folded.ckpt"):
+            assert equal(again.state(name)["state_dict"], runs[one].state(name)["state_dict"])
+    assert runs["2"].metrics == pytest.approx(runs["1"].metrics, abs=1e-4)
+    weights, others = (runs[number].state()["state_dict"] for number in ("1", "2"))
+    torch.testing.assert_close(weights, others, rtol=0, atol=1e-4)
+
+
 def test_folding_a_checkpoint_is_what_fit_did(smoke: Run, tmp_path: Path) -> None:
     last = smoke.directory / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
@@ -708,7 +731,8 @@ def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
 def explanations(said: str) -> dict[str, str]:
     """What is said of each option, on one line."""
-    entries = re.findall(r"^  (--\S+)(.*(?:\n {4,}.*)*)", said, flags=re.MULTILINE)
+    # A newer jsonargparse lists the form that appends as well, behind a comma.
+    entries = re.findall(r"^  (--[^\s,]+)(.*(?:\n {4,}.*)*)", said, flags=re.MULTILINE)
     return {option: " ".join(text.split()) for option, text in entries}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -14,7 +16,8 @@ from lit_bnfold.folding.kinds import KINDS, Kinds
 if TYPE_CHECKING:
     from torch import nn
 
-MANIFEST_VERSION = 1
+# 1: had no checksum.
+MANIFEST_VERSION = 2
 DIRECTIONS = ("backward", "forward", "parallel")
 
 # Of a value in a message.
@@ -154,14 +157,15 @@ class FoldingPlan:
         return FoldingPlan(kept=tuple(kept[name] for name in order))
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain dicts, lists, strings and numbers, fit for JSON.
+        """The plan as plain dicts, lists, strings and numbers, fit for JSON, with a checksum of all that.
 
         Example:
             >>> FoldingPlan((Fold("bn", (Part("fc"),)),)).to_dict()["folds"]  # doctest: +ELLIPSIS
             [{'batchnorm': 'bn', 'parts': [{...}], 'direction': 'backward', 'note': None, 'eps': None}]
         """
         folds = [asdict(fold) | {"parts": [_part_to_dict(part) for part in fold.parts]} for fold in self.folds]
-        return {"version": MANIFEST_VERSION, "folds": folds, "kept": [asdict(kept) for kept in self.kept]}
+        plan = {"version": MANIFEST_VERSION, "folds": folds, "kept": [asdict(kept) for kept in self.kept]}
+        return plan | {_CHECKSUM: _checksum(plan)}
 
     @classmethod
     def from_dict(cls, plan: dict[str, Any]) -> FoldingPlan:
@@ -171,20 +175,23 @@ class FoldingPlan:
             plan: A dict as from ``to_dict``.
 
         Raises:
-            FoldingError: If it is none, or of a version that this package does not know; says what is wrong in it.
+            FoldingError: If it is none, was changed after it was made, or is of a version that this package does not
+                know; says what is wrong in it.
         """
         version = plan.get("version") if isinstance(plan, dict) else None
-        if type(version) is not int or version != MANIFEST_VERSION:
+        if type(version) is not int or not 1 <= version <= MANIFEST_VERSION:
             raise FoldingError(
-                f"Expected a folding plan of version {MANIFEST_VERSION}, got version {_shortened(version)}."
+                f"Expected a folding plan of version 1 to {MANIFEST_VERSION}, got version {_shortened(version)}."
             )
-        given = _fields(plan, _PLAN, "the plan")
+        given = _fields(plan, _PLAN if version > 1 else _PLAN_1, "the plan")
         folds = tuple(_fold_from_dict(fold, f"folds[{index}]") for index, fold in enumerate(given["folds"]))
         kept = tuple(Kept(**_fields(each, _KEPT, f"kept[{index}]")) for index, each in enumerate(given["kept"]))
         counts = Counter([*(fold.batchnorm for fold in folds), *(each.batchnorm for each in kept)])
         for name, count in counts.items():
             if count > 1:
                 raise _not_a_plan("the plan", "each BatchNorm once", [name] * count)
+        if version > 1 and given[_CHECKSUM] != _checksum(plan):
+            raise _not_a_plan(f"the plan.{_CHECKSUM}", "the checksum of the rest, which was changed", given[_CHECKSUM])
         return cls(folds, kept)
 
     def __str__(self) -> str:
@@ -201,6 +208,12 @@ class FoldingPlan:
         return "\n".join(f"{name:<{width}}  {what}" for name, what in rows)
 
 
+def _checksum(plan: dict[str, Any]) -> str:
+    """Of a plan as plain data, in so far as it is not the checksum itself."""
+    rest = {key: value for key, value in plan.items() if key != _CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _part_to_dict(part: Part) -> dict[str, Any]:
     return asdict(part) | {"channels": None if part.channels is None else list(part.channels)}
 
@@ -208,7 +221,9 @@ def _part_to_dict(part: Part) -> dict[str, Any]:
 # What a plan looks like as plain data: the types of each field. What has a default can be left out, as plans of older
 # releases do that knew nothing of it. A field that is not here says something that this release would not heed.
 _NUMBER = (float, int)
-_PLAN: _Schema = {"version": (int,), "folds": (list, tuple), "kept": (list, tuple)}
+_CHECKSUM = "sha256"
+_PLAN_1: _Schema = {"version": (int,), "folds": (list, tuple), "kept": (list, tuple)}
+_PLAN: _Schema = _PLAN_1 | {_CHECKSUM: (str,)}
 _FOLD: _Schema = {
     "batchnorm": (str,),
     "parts": (list, tuple),
@@ -277,8 +292,8 @@ def _fold_from_dict(given: Any, place: str) -> Fold:
 def _part_from_dict(given: Any, place: str) -> Part:
     part = _fields(given, _PART, place)
     channels = part["channels"]
-    if channels is not None and not all(type(each) is int for each in channels):
-        raise _not_a_plan(f"{place}.channels", "whole numbers", channels)
+    if channels is not None and not all(type(each) is int and -1 <= each <= sys.maxsize for each in channels):
+        raise _not_a_plan(f"{place}.channels", "numbers of channels, or -1", channels)
     shift = _finite(part["shift"], f"{place}.shift")
     return Part(**part | {"channels": None if channels is None else tuple(channels), "shift": shift})
 

@@ -284,6 +284,9 @@ def test_averages_of_an_endless_fit_get_statistics_of_their_own_on_request(
 
     module, folding = randomised(Tiny()), BatchNormFolding(reestimate_batches=9)
     averaging = StochasticWeightAveraging(0.5, swa_epoch_start=1, annealing_epochs=1)
+    averaging._max_epochs = -1
+    if averaging.swa_end < 0:
+        pytest.skip("older versions of Lightning take such a fit to be over before it begins")
     trainer = quiet_trainer(tmp_path, callbacks=[folding, averaging, Stopping()], max_epochs=-1, min_epochs=1)
     trainer.fit(module)
     report, inputs = folding.report, loader().dataset.tensors[0]

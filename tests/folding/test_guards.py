@@ -968,6 +968,7 @@ def test_sparse_input_is_folded(judge: Judge, net: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 def test_scripted_or_traced_submodule_keeps_its_batchnorm(judge: Judge) -> None:
     block = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double().eval()
     for script in (torch.jit.script, lambda m: torch.jit.trace(m, X)):
@@ -978,6 +979,7 @@ def test_scripted_or_traced_submodule_keeps_its_batchnorm(judge: Judge) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning")
 def test_scripted_layer_or_batchnorm_keeps_it() -> None:
     fc, bn = nn.Linear(3, 4).double(), nn.BatchNorm1d(4).double().eval()
     for model in (nn.Sequential(torch.jit.script(fc), bn), nn.Sequential(fc, torch.jit.script(bn))):

@@ -430,7 +430,7 @@ def test_plan_that_makes_no_sense_is_refused(randomised: Randomised) -> None:
         (changed(part={"baked": 1}), r"folds\[0\]\.parts\[0\]\.baked: expected bool, found 1"),
         (changed(eps=True), r"folds\[0\]\.eps: expected float or int or NoneType, found True"),
         (changed(later=1), r"folds\[0\]: expected nothing but batchnorm, .*, found 'later'"),
-        (changed() | {"version": True}, "folding plan of version 1, got version True"),
+        (changed() | {"version": True}, "folding plan of version 1 to 2, got version True"),
         (changed() | {"kept": [{"batchnorm": "1", "reason": "", "code": ""}]}, "each BatchNorm once"),
     ):
         with pytest.raises(FoldingError, match=place):

@@ -345,7 +345,12 @@ def test_cast_to_whole_numbers_is_refused_both_ways(net: Any) -> None:
     ("operation", "output", "whole"),
     [
         (lambda x: x[:, 2].relu(), 0, True),
-        (lambda x: x[:, 2].relu() + x[:, 0], 0, False),
+        pytest.param(
+            lambda x: x[:, 2].relu() + x[:, 0],
+            0,
+            False,
+            marks=pytest.mark.skipif(torch.__version__ < "2.13", reason="an older torch picks of an axis in two steps"),
+        ),
         (lambda x: x.unbind(1)[2].relu(), 2, True),
         (lambda x: [x.unbind(1)[2].relu(), x.unbind(1)[2]], 2, False),
         (lambda x: [y.relu() for y in x.unbind(1)[1:]], 2, False),
