@@ -255,7 +255,7 @@ class _Search:
         """Without the BatchNorm its output is its input: that must not show either."""
         for call in self.calls:
             before, after = self.graph.values[call.inputs[0]], self.graph.values[call.outputs[0]]
-            is_laid_out_anew = _layout(before) != _layout(after)
+            is_laid_out_anew = _is_laid_out_anew(before, after)
             if after.storage in self.graph.writers and (is_laid_out_anew or any(map(self._is_forked, self.maps))):
                 writer = self.graph.where(self.graph.writers[after.storage][0])
                 raise _StaysError("written", f"its output is written in place by {writer}")
@@ -533,7 +533,7 @@ def _is_sum(graph: ValueGraph, call: Call) -> bool:
 
 
 def _is_sum_with_nothing(call: Call) -> bool:
-    return call.name == "aten.add.Tensor" and not call.kwargs and adds_nothing(call)
+    return call.name == "aten.add.Tensor" and adds_nothing(call)
 
 
 def _sign(call: Call, value: int) -> float:
@@ -545,6 +545,20 @@ def _writes(call: Call) -> bool:
     return call.name in ("aten.add_.Tensor", "aten.sub_.Tensor")
 
 
-def _layout(value: Value) -> tuple[int, ...]:
-    """Strides of the axes on which there is more than one step to take."""
-    return tuple(stride for size, stride in zip(value.shape, value.stride, strict=True) if size > 1)
+def _is_laid_out_anew(before: Value, after: Value) -> bool:
+    """Whether the strides differ, on an axis of size 1 as well: it may be longer next time.
+
+    Images whose channels come last are left so by torch, except for those of a single pixel, where it cannot tell.
+    """
+    axes = list(range(len(before.shape)))
+    if len(axes) in (4, 5) and before.stride == _channels_last(before.shape):
+        axes = [axis for axis in axes if before.shape[axis] > 1]
+    return any(before.stride[axis] != after.stride[axis] for axis in axes)
+
+
+def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of images (N, C, ...) whose channels come last in memory."""
+    strides, step = [0] * len(shape), 1
+    for axis in (1, *range(len(shape) - 1, 1, -1), 0):
+        strides[axis], step = step, step * shape[axis]
+    return tuple(strides)

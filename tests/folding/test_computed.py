@@ -154,9 +154,48 @@ def with_parametrization(parametrization: nn.Module) -> Any:
     )
 
 
-def test_weight_with_random_numbers_in_it_keeps_the_batchnorm(judge: Judge) -> None:
-    model = with_parametrization(Noise()).double().eval()
-    assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["computed-weight"]
+class Inner(nn.Module):
+    """Computes with a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.inner(weight)  # type: ignore[no-any-return]
+
+
+class Keeping(nn.Module):
+    """Keeps what it computes half way."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.last = weight * 2
+        return self.last + 1
+
+
+@pytest.mark.parametrize(
+    ("parametrization", "reason"),
+    [
+        (Noise(), "is computed by `randn_like` in `0.parametrizations.weight.0`"),
+        (Inner(), "is computed by `linear` in `0.parametrizations.weight.0.inner`"),
+        (Keeping(), "is computed from what is still held by somebody after the run"),
+    ],
+)
+def test_weight_that_more_than_its_own_parameters_goes_into_keeps_the_batchnorm(
+    parametrization: nn.Module, reason: str
+) -> None:
+    model = with_parametrization(parametrization).double().eval()
+    (kept,) = plan_folding(model, (X,)).kept
+    assert kept.code == "computed-weight"
+    assert kept.reason.startswith(f"the weight of `0` {reason};")
+
+
+def test_weight_computed_with_a_number_is_baked_and_folded(judge: Judge) -> None:
+    class Shifted(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + torch.ones(3, dtype=weight.dtype) * 2
+
+    judge(with_parametrization(Shifted()), X, folds={"1": ["0"]})
 
 
 def test_weight_computed_from_a_tensor_of_nobody_keeps_the_batchnorm(judge: Judge) -> None:

@@ -1258,12 +1258,42 @@ def test_frozen_batchnorm_with_a_channel_that_never_varied_is_folded(agree: Any)
     agree(model, folded, [(X,)], tolerance=1e-9)
 
 
-def test_reshapes_that_only_as_many_examples_as_channels_make_nothing_of_are_seen_through(
-    judge: Judge, net: Any
-) -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        h = m.fc(x)
-        shape = h.shape
-        return m.bn(h.t().reshape(shape).t().reshape(shape)).tanh()
+def swapped(m: Any, x: Tensor) -> Tensor:
+    h = m.fc(x)
+    shape = h.shape
+    return m.bn(h.t().reshape(shape).t().reshape(shape)).tanh()
 
-    judge(net(forward), torch.randn(4, 3, dtype=torch.float64), kept={"bn": "not-transparent"})
+
+def swapped_beside_an_axis_of_size_1(m: Any, x: Tensor) -> Tensor:
+    h = m.fc(x)
+    shape = (*h.shape, 1)
+    return m.bn(h.t().reshape(shape).squeeze(-1).t().reshape(shape).squeeze(-1)).tanh()
+
+
+def swapped_in_part(m: Any, x: Tensor) -> Tensor:
+    h = m.fc(x).view(len(x), 4, -1)
+    return m.bn(h.view(4, len(x), -1).reshape(len(x), -1)).tanh()
+
+
+@pytest.mark.parametrize(
+    ("forward", "examples", "channels"),
+    [
+        (swapped, 4, 4),
+        (swapped, 2, 2),
+        (swapped_beside_an_axis_of_size_1, 4, 4),
+        (swapped_in_part, 4, 12),
+    ],
+)
+def test_reshapes_that_only_as_many_examples_as_channels_make_nothing_of_are_seen_through(
+    forward: Any, examples: int, channels: int, judge: Judge, net: Any
+) -> None:
+    model = net(forward, fc=nn.Linear(3, channels), bn=nn.BatchNorm1d(channels))
+    judge(model, torch.randn(examples, 3, dtype=torch.float64), kept={"bn": "not-transparent"})
+
+
+def test_flattening_as_many_examples_as_channels_says_itself_what_it_does(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.bn(m.conv(x).mean((2, 3), keepdim=True).flatten(1)).tanh()
+
+    model = net(forward, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm1d(4))
+    judge(model, torch.randn(4, 3, 2, 2, dtype=torch.float64), folds={"bn": ["conv"]})

@@ -1,0 +1,328 @@
+"""The search for the layers that can take a BatchNorm: how far it goes, where it stops, and what it says then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_bnfold.folding import BatchNormKind, FoldingPlan, Kinds, fold_batchnorm, plan_folding
+from lit_bnfold.folding.kinds import KINDS
+from lit_bnfold.folding.record import Recorder
+from lit_bnfold.folding.search import make_plan
+from lit_bnfold.folding.trial import run_as_it_is
+
+Judge = Callable[..., FoldingPlan]
+X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def kept(model: nn.Module, example: Tensor = X, *, name: str | None = None, **kwargs: Any) -> tuple[str, str]:
+    """The code and the reason with which a model keeps a BatchNorm, by default its only one."""
+    reasons = {reason.batchnorm: reason for reason in plan_folding(model.eval(), (example,), **kwargs).kept}
+    (reason,) = reasons.values() if name is None else [reasons[name]]
+    return reason.code, reason.reason
+
+
+# One BatchNorm after the other.
+
+
+def test_batchnorms_in_a_row_before_a_layer_all_go_into_it(judge: Judge) -> None:
+    model = nn.Sequential(nn.ReLU(), *[nn.BatchNorm1d(3) for _ in range(3)], nn.Linear(3, 4))
+    judge(model, X, folds={"1": ["4"], "2": ["4"], "3": ["4"]})
+
+
+# Up to the layers.
+
+
+def test_output_that_is_asked_for_different_maps_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        return m.bn(h) + m.bn(h.transpose(1, 2))
+
+    judge(net(forward), torch.randn(5, 4, 3, dtype=torch.float64), kept={"bn": "two-maps"})
+
+
+def beside(m: Any, x: Tensor) -> Tensor:
+    return m.bn(m.id(x) + m.conv(x)).tanh()
+
+
+def twice(m: Any, x: Tensor) -> Tensor:
+    return m.bn(m.bn(x) + m.conv(x)).tanh()
+
+
+def read_behind_a_view(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x).flatten(2)
+    return m.bn(h) * h.sum()
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda m, x: m.bn(x), "it normalises an input, which no layer made"),
+        (lambda m, x: m.bn(m.parameter) + x, "it normalises `parameter`, which no layer made"),
+        (lambda m, x: m.bn(x.relu()), "it normalises what `relu` in the model made, which is no layer"),
+        (beside, "it normalises what the BatchNorm `id` gave, which is folded beside a layer"),
+        (twice, "it normalises what the BatchNorm `bn` gave, which stays"),
+        (lambda m, x: m.bn(h := m.conv(x)) * h.sum(), "the output of `conv` is also read by `sum` in the model"),
+        (read_behind_a_view, "what `reshape` in the model gave is also read by `sum` in the model"),
+    ],
+)
+def test_batchnorm_that_stays_says_what_is_before_it(forward: Any, reason: str, net: Any) -> None:
+    norm = nn.BatchNorm1d if forward is read_behind_a_view else nn.BatchNorm2d
+    parameter = nn.Parameter(torch.randn(2, 3, 4, 4))
+    model = net(forward, conv=nn.Conv2d(3, 3, 1), id=nn.BatchNorm2d(3), bn=norm(3), parameter=parameter).double()
+    assert kept(model, IMAGES, name="bn")[1].split("; and ")[0] == reason
+
+
+# Down to the layers.
+
+
+def test_call_that_reads_a_value_twice_is_met_once(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.bn(x.relu())
+        # From each to the next there are two ways: 2**40 in all.
+        for _ in range(40):
+            h = torch.cat([h[:, :1], h[:, 1:]], 1)
+        return m.a(h) + m.b(h)
+
+    judge(net(forward, bn=nn.BatchNorm1d(3), a=nn.Linear(3, 4), b=nn.Linear(3, 4)), X, folds={"bn": ["a", "b"]})
+
+
+def test_part_that_no_batchnorm_went_into_may_go_anywhere(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        normalised, other = torch.cat([m.bn(x.relu()), x], 1).split([3, 3], 1)
+        return m.fc(normalised) * other.sin().sum(1, keepdim=True)
+
+    judge(net(forward, bn=nn.BatchNorm1d(3), fc=nn.Linear(3, 4)), X, folds={"bn": ["fc"]})
+
+
+# What is written, and when.
+
+
+@pytest.mark.parametrize("time", ["before", "between", "after"])
+def test_input_that_is_written_before_the_batchnorm_or_after_the_layer_does_not_keep_it(
+    time: str, judge: Judge, net: Any
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = x.relu()
+        view = h.view(-1)
+        if time == "before":
+            view.mul_(2)
+        y = m.bn(h)
+        if time == "between":
+            view.mul_(2)
+        z = m.fc(y)
+        if time == "after":
+            view.mul_(2)
+        return z + view.sum()
+
+    model = net(forward, bn=nn.BatchNorm1d(3), fc=nn.Linear(3, 4))
+    if time == "between":
+        judge(model, X, kept={"bn": "no-layer"})
+        assert kept(model)[1].endswith("is written in place by `mul_` in the model after it was read")
+    else:
+        judge(model, X, folds={"bn": ["fc"]})
+
+
+def test_input_that_is_reached_in_an_unknown_way_keeps_the_batchnorm(net: Any) -> None:
+    block = net(lambda m, x: m.fc(m.bn(x)), bn=nn.BatchNorm1d(3), fc=nn.Linear(3, 4))
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = x.relu()
+        other = torch.from_numpy(h.numpy())
+        return m.block(h) + other.sum()
+
+    code, reason = kept(net(forward, block=block).double())
+    assert code == "other-reader"
+    assert reason.endswith("; and what `relu` in the model gave is also reached through a tensor of unknown origin")
+
+
+# What the run noted of memory.
+
+
+@pytest.mark.parametrize(
+    ("function", "owner", "takers"),
+    [
+        (lambda m, x: m.fc(m.bn(x.relu())), None, ["fc"]),
+        (lambda m, x: (m.fc(x) + m.bn(x)).tanh(), "bn", ["fc"]),
+        (lambda m, x: (m.fc(x) + m.bn(x)).tanh(), "fc", ["fc"]),
+        (lambda m, x: m.bn(m.fc(x)), "fc", ["fc"]),
+    ],
+)
+def test_value_that_may_be_reached_otherwise_keeps_the_batchnorm(
+    function: Any, owner: str | None, takers: list[str], net: Any
+) -> None:
+    model = net(function, fc=nn.Linear(3, 3), bn=nn.BatchNorm1d(3)).double().eval()
+    graph = run_as_it_is(model, (X,), {}, KINDS).graph
+    assert [fold.layers for fold in make_plan(graph).folds] == [tuple(takers)]
+    (call,) = graph.calls_of["bn" if owner is None else owner]
+    value = graph.values[call.inputs[0] if owner is None else call.outputs[0]]
+    graph.aliased[value.storage] = "is also reached through a tensor of unknown origin"
+    assert make_plan(graph).folds == ()
+
+
+# What a BatchNorm does besides.
+
+
+class Wide(nn.Module):
+    """Normalises in float32 whatever it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.randn(4))
+        self.register_buffer("variance", torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.float() - self.mean) / self.variance.sqrt()
+
+
+@pytest.mark.parametrize("reader", [nn.Tanh(), nn.Linear(4, 2)])
+def test_normalisation_that_gives_another_dtype_is_kept(reader: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(3, 4).bfloat16(), Wide(), reader)
+    kinds = Kinds(batchnorms=(BatchNormKind(Wide, "mean", "variance"),))
+    code, reason = kept(model, X.bfloat16(), kinds=kinds)
+    assert code == "layout"
+    assert reason.startswith("it turns torch.bfloat16 into torch.float32")
+
+
+class Branching(nn.Module):
+    """A layer and its BatchNorm, and a decision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.bn(self.fc(x))
+        return h if x.sum() < 1e9 else -h  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("place", ["the model", "`block`"])
+def test_decision_about_a_tensor_is_told_with_its_place(place: str, net: Any) -> None:
+    model = Branching() if place == "the model" else net(lambda m, x: m.block(x), block=Branching())
+    code, reason = kept(model.double())
+    assert code == "python-value"
+    assert reason.startswith(f"{place} makes a Python value of a tensor or catches an error")
+
+
+# Beside a layer.
+
+
+class Beside(nn.Module):
+    """A BatchNorm and a convolution of one input, and what a test makes of the two."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.conv, self.id = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.bn, self.other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def called_twice(m: Any, x: Tensor) -> Tensor:
+    return (m.conv(x) + m.id(x)).tanh() * m.id(x)
+
+
+def kept_by_somebody(m: Any, x: Tensor) -> Any:
+    y = m.id(x)
+    return (m.conv(x) + y).tanh(), y
+
+
+def sum_kept_by_somebody(m: Any, x: Tensor) -> Any:
+    y = m.conv(x)
+    return (y + m.id(x)).tanh(), y
+
+
+def inner_sum_kept_by_somebody(m: Any, x: Tensor) -> Any:
+    y = m.conv(x) + x
+    return (y + m.id(x)).tanh(), y
+
+
+@pytest.mark.parametrize("function", [called_twice, kept_by_somebody, sum_kept_by_somebody, inner_sum_kept_by_somebody])
+def test_batchnorm_beside_a_layer_is_kept_where_either_shows(function: Any, judge: Judge) -> None:
+    model = Beside(function)
+    del model.bn, model.other
+    judge(model, IMAGES, kept={"id": "other-reader"})
+
+
+def test_input_of_both_that_is_written_between_them_keeps_the_batchnorm(judge: Judge) -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        h = x.relu()
+        y = m.conv(h)
+        h.view(-1).mul_(2)
+        return (y + m.id(h)).tanh()
+
+    model = Beside(function)
+    del model.bn, model.other
+    judge(model, IMAGES, kept={"id": "other-reader"})
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [lambda y, z: y * z, torch.maximum, torch.atan2, lambda y, z: torch.add(y, z, alpha=2),
+     lambda y, z: torch.sub(z, y, alpha=2), lambda y, z: torch.hypot(y, z)],
+)  # fmt: skip
+def test_batchnorm_beside_a_layer_is_kept_where_the_two_are_not_added(combine: Any, judge: Judge) -> None:
+    model = Beside(lambda m, x: combine(m.conv(x), m.id(x)).tanh())
+    del model.bn, model.other
+    judge(model, IMAGES, kept={"id": "other-reader"})
+
+
+def test_batchnorm_beside_a_layer_that_is_called_again_is_kept(judge: Judge) -> None:
+    model = Beside(lambda m, x: (m.conv(x) + m.id(x)).tanh() * m.conv(x.sin()))
+    del model.bn, model.other
+    judge(model, IMAGES, kept={"id": "other-reader"})
+
+
+def test_batchnorm_beside_a_layer_over_another_axis_is_kept(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: (m.fc(x) + m.bn(x)).tanh(), fc=nn.Linear(4, 4), bn=nn.BatchNorm1d(4))
+    others = [(torch.randn(n, 4, 4, dtype=torch.float64),) for n in (1, 7)]
+    judge(model, torch.randn(5, 4, 4, dtype=torch.float64), kept={"bn": "other-reader"}, others=others)
+
+
+@pytest.mark.parametrize("function", [lambda m, x: [m.conv(x), m.id(x)], lambda m, x: [m.id(x), m.conv(x)]])
+def test_sum_of_a_list_begins_with_nothing(function: Any, judge: Judge) -> None:
+    model = Beside(lambda m, x: sum(function(m, x)).tanh())
+    del model.bn, model.other
+    judge(model, IMAGES, folds={"id": ["conv"]})
+
+
+def test_batchnorm_beside_a_layer_waits_for_the_one_behind_that(judge: Judge) -> None:
+    model = Beside(lambda m, x: (m.id(x) + m.bn(m.conv(x))).tanh())
+    del model.other
+    judge(model, IMAGES, folds={"bn": ["conv"], "id": ["conv"]})
+
+
+def test_batchnorm_beside_a_layer_does_not_mind_another_summand_that_stays(judge: Judge) -> None:
+    model = Beside(lambda m, x: (m.id(x) + (m.other(x.sin()) + m.conv(x))).tanh())
+    del model.bn
+    judge(model, IMAGES, folds={"id": ["conv"]}, kept={"other": "no-layer"})
+
+
+def test_single_pixel_with_its_channels_last_is_laid_out_as_larger_images_are(agree: Any, randomised: Any) -> None:
+    """Of a single pixel torch cannot tell where its channels lie, and a BatchNorm puts them first."""
+    layers = nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+    model = randomised(nn.Sequential(*layers)).double().eval().to(memory_format=torch.channels_last)
+    images = IMAGES.to(memory_format=torch.channels_last)
+    assert model[:2](images).stride() != model[:3](images).stride()
+    folded = fold_batchnorm(model, (images,))
+    assert isinstance(folded[2], nn.Identity)
+    agree(model, folded, [(images,)])
+
+
+def test_code_around_the_modules_that_may_branch_keeps_the_batchnorm() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double().eval()
+    with torch.no_grad(), Recorder(model) as recorder:
+        h = model[0](X)
+        # Nobody calls the model itself, as in a `validation_step`.
+        output = model[1](h) if X.sum().item() < 1e9 else None
+        del h, output
+    (reason,) = make_plan(recorder.graph).kept
+    assert reason.code == "python-value"
+    assert reason.reason.startswith("the code around it makes a Python value of a tensor")
