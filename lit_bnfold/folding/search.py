@@ -277,7 +277,7 @@ class _Search:
         common = set.intersection(*around)
         innermost = [m for m in self.graph.modules_around(involved[0].frame) if m in common][-1]
         if innermost in self.graph.forked:
-            place = "the code around it" if innermost is None else f"`{innermost}`" if innermost else "the model"
+            place = f"`{innermost}`" if innermost else "the model"
             raise _StaysError(
                 "python-value",
                 f"{place} makes a Python value of a tensor or catches an error, and may branch on it next time",
