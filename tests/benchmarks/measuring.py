@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
     def cells(self) -> tuple[str, str, str, str, str]:
         verdict = {None: "", True: "met", False: "missed"}[self.is_met]
-        return self.name, self.target, self.measured, "" if self.ratio is None else f"{self.ratio:.3g}", verdict
+        return self.name, self.target, self.measured, "" if self.ratio is None else f"{self.ratio:.4g}", verdict
 
 
 HEADER = ("what", "target", "measured", "ratio", "")
