@@ -62,7 +62,7 @@ class HistogramMonitor(StepMonitor):
         >>> trainer = Trainer(callbacks=[monitor], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, every_n_steps: int = 5_000, modules: Sequence[str] | None = None) -> None:
+    def __init__(self, every_n_steps: int = 10_000, modules: Sequence[str] | None = None) -> None:
         check_every_n_steps(every_n_steps)
         if isinstance(modules, str):
             raise TypeError(f"modules: expected a list of class names, got {modules!r}; pass [{modules!r}].")
