@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -137,28 +138,29 @@ class Commands:
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    root = tmp_path_factory.mktemp("interrupted")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    (root / "words.txt").write_text(
-        "\n".join(letters[i % 23 : i % 23 + 2 + i % 3] for i in range(100)) + "\nz\nx\nzx\nzxy\n"
-    )
-    (root / "server.py").write_text(SERVER)
-    # Another user reads the words and finds the way to its directory.
-    for directory in (root, *root.parents[:2]):
-        directory.chmod(0o755)
-    with (
-        (root / "server.txt").open("w") as log,
-        subprocess.Popen(
-            [sys.executable, "server.py", *RECIPES[0].args(root / "words.txt")],
-            cwd=root,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-        ) as process,
-    ):
-        yield Commands(root, process)
+def commands() -> Iterator[Commands]:
+    # Not in pytest's own directory, which the next session closes to other users, whatever goes on in it.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        root = Path(directory).resolve()
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        (root / "words.txt").write_text(
+            "\n".join(letters[i % 23 : i % 23 + 2 + i % 3] for i in range(100)) + "\nz\nx\nzx\nzxy\n"
+        )
+        (root / "server.py").write_text(SERVER)
+        # Another user reads the words and finds the way to its directory.
+        root.chmod(0o755)
+        with (
+            (root / "server.txt").open("w") as log,
+            subprocess.Popen(
+                [sys.executable, "server.py", *RECIPES[0].args(root / "words.txt")],
+                cwd=root,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            ) as process,
+        ):
+            yield Commands(root, process)
 
 
 @dataclass(frozen=True)
