@@ -167,6 +167,12 @@ def test_value_that_may_be_reached_otherwise_keeps_the_batchnorm(
 # What a BatchNorm does besides.
 
 
+def test_layout_along_an_axis_of_size_1_that_a_later_view_relies_on_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x)[::5]).view(-1, 2))
+    # Of ten examples two are left, and the view would find them apart in memory.
+    judge(model, X, kept={"bn": "layout"}, others=[(torch.randn(10, 3, dtype=torch.float64),)])
+
+
 class Wide(nn.Module):
     """Normalises in float32 whatever it is given."""
 
@@ -243,7 +249,26 @@ def inner_sum_kept_by_somebody(m: Any, x: Tensor) -> Any:
     return (y + m.id(x)).tanh(), y
 
 
-@pytest.mark.parametrize("function", [called_twice, kept_by_somebody, sum_kept_by_somebody, inner_sum_kept_by_somebody])
+def subtracted_in_place(m: Any, x: Tensor) -> Tensor:
+    y = m.id(x)
+    y -= m.conv(x)
+    return y.tanh()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        called_twice,
+        kept_by_somebody,
+        sum_kept_by_somebody,
+        inner_sum_kept_by_somebody,
+        subtracted_in_place,
+        lambda m, x: (m.conv(x) + (m.id(x) + 1.0)).tanh(),
+        lambda m, x: m.conv(x) + 2 * m.id(x),
+        # Sums of other shapes than the summands have.
+        lambda m, x: ((m.conv(x) + x[:1]) + m.id(x)).tanh(),
+    ],
+)
 def test_batchnorm_beside_a_layer_is_kept_where_either_shows(function: Any, judge: Judge) -> None:
     model = Beside(function)
     del model.bn, model.other
@@ -283,6 +308,13 @@ def test_batchnorm_beside_a_layer_over_another_axis_is_kept(judge: Judge, net: A
     model = net(lambda m, x: (m.fc(x) + m.bn(x)).tanh(), fc=nn.Linear(4, 4), bn=nn.BatchNorm1d(4))
     others = [(torch.randn(n, 4, 4, dtype=torch.float64),) for n in (1, 7)]
     judge(model, torch.randn(5, 4, 4, dtype=torch.float64), kept={"bn": "other-reader"}, others=others)
+
+
+def test_batchnorm_that_is_subtracted_from_a_difference_goes_into_the_subtrahend(judge: Judge) -> None:
+    model = Beside(lambda m, x: (x - m.conv(x)) - m.id(x))
+    del model.bn, model.other
+    plan = judge(model, IMAGES, folds={"id": ["conv"]})
+    assert plan.folds[0].parts[0].shift == 1.0
 
 
 @pytest.mark.parametrize("function", [lambda m, x: [m.conv(x), m.id(x)], lambda m, x: [m.id(x), m.conv(x)]])
