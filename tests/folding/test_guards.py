@@ -1299,3 +1299,8 @@ def test_flattening_as_many_examples_as_channels_says_itself_what_it_does(judge:
 
     model = net(forward, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm1d(4))
     judge(model, torch.randn(4, 3, 2, 2, dtype=torch.float64), folds={"bn": ["conv"]})
+
+
+def test_reshape_of_other_axes_than_as_many_examples_and_channels_is_folded(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.conv(x).view(len(x), 4, -1)), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm1d(4))
+    judge(model, torch.randn(4, 3, 2, 3, dtype=torch.float64), folds={"bn": ["conv"]})
