@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_bnfold.folding import BatchNormKind, FoldingPlan, Kinds, fold_batchnorm, plan_folding
+from lit_bnfold.folding import BatchNormKind, FoldingPlan, Kinds, Part, fold_batchnorm, plan_folding
 from lit_bnfold.folding.kinds import KINDS
 from lit_bnfold.folding.search import make_plan
 from lit_bnfold.folding.trial import run_as_it_is
@@ -75,6 +76,16 @@ def test_batchnorm_that_stays_says_what_is_before_it(forward: Any, reason: str, 
     parameter = nn.Parameter(torch.randn(2, 3, 4, 4))
     model = net(forward, conv=nn.Conv2d(3, 3, 1), id=nn.BatchNorm2d(3), bn=norm(3), parameter=parameter).double()
     assert kept(model, IMAGES, name="bn")[1].split("; and ")[0] == reason
+
+
+def test_value_that_is_read_twice_is_asked_once_for_its_map(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        for _ in range(40):
+            h = torch.cat([h[:, :1], h[:, 1:]], 1)
+        return m.bn(h)
+
+    judge(net(forward), X, folds={"bn": ["fc"]})
 
 
 # Down to the layers.
@@ -162,6 +173,16 @@ def test_value_that_may_be_reached_otherwise_keeps_the_batchnorm(
     value = graph.values[call.inputs[0] if owner is None else call.outputs[0]]
     graph.aliased[value.storage] = "is also reached through a tensor of unknown origin"
     assert make_plan(graph).folds == ()
+
+
+@pytest.mark.parametrize(("gain", "noted"), [(1e3, False), (1.01e3, True)])
+def test_fold_is_noted_if_it_costs_more_than_three_digits(gain: float, noted: bool, net: Any) -> None:
+    graph = run_as_it_is(net(lambda m, x: m.bn(m.fc(x))).double().eval(), (X,), {}, KINDS).graph
+    graph.batchnorms["bn"] = replace(graph.batchnorms["bn"], gain=gain)
+    (fold,) = make_plan(graph).folds
+    # A layer that takes all channels in their order is told no more than that.
+    assert fold.parts == (Part("fc"),)
+    assert (fold.note is not None) == noted
 
 
 # What a BatchNorm does besides.
