@@ -175,7 +175,7 @@ def test_value_that_may_be_reached_otherwise_keeps_the_batchnorm(
     assert make_plan(graph).folds == ()
 
 
-@pytest.mark.parametrize(("gain", "noted"), [(1e3, False), (1.01e3, True)])
+@pytest.mark.parametrize(("gain", "noted"), [(1000.0, False), (1000.5, True)])
 def test_fold_is_noted_if_it_costs_more_than_three_digits(gain: float, noted: bool, net: Any) -> None:
     graph = run_as_it_is(net(lambda m, x: m.bn(m.fc(x))).double().eval(), (X,), {}, KINDS).graph
     graph.batchnorms["bn"] = replace(graph.batchnorms["bn"], gain=gain)
@@ -192,6 +192,14 @@ def test_layout_along_an_axis_of_size_1_that_a_later_view_relies_on_keeps_the_ba
     model = net(lambda m, x: m.bn(m.fc(x)[::5]).view(-1, 2))
     # Of ten examples two are left, and the view would find them apart in memory.
     judge(model, X, kept={"bn": "layout"}, others=[(torch.randn(10, 3, dtype=torch.float64),)])
+    model = net(lambda m, x: m.bn(m.conv(x)[::2]).view(-1, 4), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
+    judge(model, IMAGES, kept={"bn": "layout"}, others=[(torch.randn(4, 3, 4, 4, dtype=torch.float64),)])
+
+
+def test_single_step_with_its_channels_last_is_laid_out_anew(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).transpose(1, 2)).view(len(x), -1))
+    others = [(torch.randn(5, 2, 3, dtype=torch.float64),)]
+    judge(model, torch.randn(5, 1, 3, dtype=torch.float64), kept={"bn": "layout"}, others=others)
 
 
 class Wide(nn.Module):
