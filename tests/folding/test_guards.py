@@ -433,14 +433,16 @@ def test_function_behind_torchs_protocol_that_reads_the_output_is_seen(judge: Ju
 
 
 @pytest.mark.parametrize(
-    "write",
-    [lambda h: h.relu_(), lambda h: h.view(-1).mul_(2), lambda h: h[:, :2].zero_(), lambda h: h.data.abs_(),
-     lambda h: h.detach().add_(1), lambda h: torch.add(h, 1, out=h), lambda h: h.t().neg_(),
-     lambda h: h.__setitem__(0, 0.0),
-     lambda h: h.copy_(h.flip(0)), lambda h: h.set_(h.abs()), lambda h: torch._foreach_mul_([h], 2.0)],
+    ("write", "code"),
+    [(lambda h: h.relu_(), "no-layer"), (lambda h: h.view(-1).mul_(2), "written"),
+     (lambda h: h[:, :2].zero_(), "written"), (lambda h: h.data.abs_(), "written"),
+     (lambda h: h.detach().add_(1), "written"), (lambda h: torch.add(h, 1, out=h), "no-layer"),
+     (lambda h: h.t().neg_(), "written"), (lambda h: h.__setitem__(0, 0.0), "written"),
+     (lambda h: h.copy_(h.flip(0)), "no-layer"), (lambda h: h.set_(h.abs()), "no-layer"),
+     (lambda h: torch._foreach_mul_([h], 2.0), "no-layer")],
 )  # fmt: skip
 def test_output_written_in_place_before_normalisation_is_kept(
-    net: Any, write: Callable[[Tensor], Any], randomised: Any, agree: Any
+    net: Any, write: Callable[[Tensor], Any], code: str, randomised: Any, agree: Any
 ) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.fc(x)
@@ -449,7 +451,7 @@ def test_output_written_in_place_before_normalisation_is_kept(
 
     model = randomised(net(forward)).double().eval()
     plan = plan_folding(model, (X,))
-    assert not plan.folds
+    assert [kept.code for kept in plan.kept] == [code]
     agree(model, plan.apply(model), [(2 * X,)])
 
 
@@ -1297,3 +1299,8 @@ def test_flattening_as_many_examples_as_channels_says_itself_what_it_does(judge:
 
     model = net(forward, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm1d(4))
     judge(model, torch.randn(4, 3, 2, 2, dtype=torch.float64), folds={"bn": ["conv"]})
+
+
+def test_reshape_of_other_axes_than_as_many_examples_and_channels_is_folded(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.conv(x).view(len(x), 4, -1)), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm1d(4))
+    judge(model, torch.randn(4, 3, 2, 3, dtype=torch.float64), folds={"bn": ["conv"]})

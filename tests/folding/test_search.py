@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_bnfold.folding import BatchNormKind, FoldingPlan, Kinds, fold_batchnorm, plan_folding
+from lit_bnfold.folding import BatchNormKind, FoldingPlan, Kinds, Part, fold_batchnorm, plan_folding
 from lit_bnfold.folding.kinds import KINDS
 from lit_bnfold.folding.search import make_plan
 from lit_bnfold.folding.trial import run_as_it_is
@@ -75,6 +76,16 @@ def test_batchnorm_that_stays_says_what_is_before_it(forward: Any, reason: str, 
     parameter = nn.Parameter(torch.randn(2, 3, 4, 4))
     model = net(forward, conv=nn.Conv2d(3, 3, 1), id=nn.BatchNorm2d(3), bn=norm(3), parameter=parameter).double()
     assert kept(model, IMAGES, name="bn")[1].split("; and ")[0] == reason
+
+
+def test_value_that_is_read_twice_is_asked_once_for_its_map(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        for _ in range(40):
+            h = torch.cat([h[:, :1], h[:, 1:]], 1)
+        return m.bn(h)
+
+    judge(net(forward), X, folds={"bn": ["fc"]})
 
 
 # Down to the layers.
@@ -164,7 +175,31 @@ def test_value_that_may_be_reached_otherwise_keeps_the_batchnorm(
     assert make_plan(graph).folds == ()
 
 
+@pytest.mark.parametrize(("gain", "noted"), [(1000.0, False), (1000.5, True)])
+def test_fold_is_noted_if_it_costs_more_than_three_digits(gain: float, noted: bool, net: Any) -> None:
+    graph = run_as_it_is(net(lambda m, x: m.bn(m.fc(x))).double().eval(), (X,), {}, KINDS).graph
+    graph.batchnorms["bn"] = replace(graph.batchnorms["bn"], gain=gain)
+    (fold,) = make_plan(graph).folds
+    # A layer that takes all channels in their order is told no more than that.
+    assert fold.parts == (Part("fc"),)
+    assert (fold.note is not None) == noted
+
+
 # What a BatchNorm does besides.
+
+
+def test_layout_along_an_axis_of_size_1_that_a_later_view_relies_on_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x)[::5]).view(-1, 2))
+    # Of ten examples two are left, and the view would find them apart in memory.
+    judge(model, X, kept={"bn": "layout"}, others=[(torch.randn(10, 3, dtype=torch.float64),)])
+    model = net(lambda m, x: m.bn(m.conv(x)[::2]).view(-1, 4), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
+    judge(model, IMAGES, kept={"bn": "layout"}, others=[(torch.randn(4, 3, 4, 4, dtype=torch.float64),)])
+
+
+def test_single_step_with_its_channels_last_is_laid_out_anew(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).transpose(1, 2)).view(len(x), -1))
+    others = [(torch.randn(5, 2, 3, dtype=torch.float64),)]
+    judge(model, torch.randn(5, 1, 3, dtype=torch.float64), kept={"bn": "layout"}, others=others)
 
 
 class Wide(nn.Module):
@@ -243,7 +278,26 @@ def inner_sum_kept_by_somebody(m: Any, x: Tensor) -> Any:
     return (y + m.id(x)).tanh(), y
 
 
-@pytest.mark.parametrize("function", [called_twice, kept_by_somebody, sum_kept_by_somebody, inner_sum_kept_by_somebody])
+def subtracted_in_place(m: Any, x: Tensor) -> Tensor:
+    y = m.id(x)
+    y -= m.conv(x)
+    return y.tanh()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        called_twice,
+        kept_by_somebody,
+        sum_kept_by_somebody,
+        inner_sum_kept_by_somebody,
+        subtracted_in_place,
+        lambda m, x: (m.conv(x) + (m.id(x) + 1.0)).tanh(),
+        lambda m, x: m.conv(x) + 2 * m.id(x),
+        # Sums of other shapes than the summands have.
+        lambda m, x: ((m.conv(x) + x[:1]) + m.id(x)).tanh(),
+    ],
+)
 def test_batchnorm_beside_a_layer_is_kept_where_either_shows(function: Any, judge: Judge) -> None:
     model = Beside(function)
     del model.bn, model.other
@@ -283,6 +337,13 @@ def test_batchnorm_beside_a_layer_over_another_axis_is_kept(judge: Judge, net: A
     model = net(lambda m, x: (m.fc(x) + m.bn(x)).tanh(), fc=nn.Linear(4, 4), bn=nn.BatchNorm1d(4))
     others = [(torch.randn(n, 4, 4, dtype=torch.float64),) for n in (1, 7)]
     judge(model, torch.randn(5, 4, 4, dtype=torch.float64), kept={"bn": "other-reader"}, others=others)
+
+
+def test_batchnorm_that_is_subtracted_from_a_difference_goes_into_the_subtrahend(judge: Judge) -> None:
+    model = Beside(lambda m, x: (x - m.conv(x)) - m.id(x))
+    del model.bn, model.other
+    plan = judge(model, IMAGES, folds={"id": ["conv"]})
+    assert plan.folds[0].parts[0].shift == 1.0
 
 
 @pytest.mark.parametrize("function", [lambda m, x: [m.conv(x), m.id(x)], lambda m, x: [m.id(x), m.conv(x)]])
