@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from lit_bnfold.folding.graph import Call, Layer, Obstacle, Ref, Value, ValueGraph
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
-from lit_bnfold.folding.transparent import RULES, Channels, NotTransparent, adds_nothing
+from lit_bnfold.folding.transparent import RULES, Channels, NotTransparent, adds_nothing, ambiguous_reshape
 
 # Three digits.
 _MOST_GAIN = 1e3
@@ -152,6 +152,7 @@ class _Search:
         self._walk()
         if not self.layers:
             raise _StaysError("no-layer", "nothing reads its output")
+        self._check_reshapes()
         in_order = sorted(self.layers, key=lambda layer: self.graph.calls_of[layer][0].index)
         parts = tuple(self._part(layer) for layer in in_order)
         self._check_erasure()
@@ -250,6 +251,18 @@ class _Search:
             raise _StaysError("channel-axis", f"its channels do not lie on those of `{name}`")
         is_whole = along == tuple(range(self.graph.batchnorms[self.name].num_features))
         return Part(name, None if is_whole else along, channels.shift)
+
+    def _check_reshapes(self) -> None:
+        makers = [self.graph.maker(self.graph.values[index]) for index in self.maps]
+        calls = {call.index: call for call in makers if call is not None and call.name in RULES}
+        between = [call for _, call in sorted(calls.items()) if not self.maps.keys().isdisjoint(call.inputs)]
+        call = ambiguous_reshape(self.graph, between, self.maps)
+        if call is not None:
+            raise _StaysError(
+                "not-transparent",
+                f"{self.graph.where(call)} meets an axis as long as its channels are many, and might mix both where "
+                "they are not: an example of other sizes would show that",
+            )
 
     def _check_erasure(self) -> None:
         """Without the BatchNorm its output is its input: that must not show either."""

@@ -10,7 +10,7 @@ the way down.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -567,3 +567,48 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_SPATIAL_NAMES, _moving(_spatial, _spatial)),
 }
 """The table: the name of each transparent operation, with its rule."""
+
+
+def ambiguous_reshape(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[int, Channels]) -> Call | None:
+    """Find a reshape that might mix the channels with something else as soon as that is not as long as they are many.
+
+    With as many examples as channels, ``view(N, C, -1)`` on what ``transpose(0, 1)`` gave looks like the harmless
+    removal of axes behind the channels. Reshapes alone keep the order in memory, so that they cannot mix anything.
+
+    Args:
+        graph: What the run did.
+        calls: The operations between a BatchNorm and its layers, in the order of the run.
+        maps: The map of each value between them.
+
+    Returns:
+        The first such call; None if there is none.
+    """
+    for call in calls:
+        others = [other for other in calls if other is not call and RULES[other.name] not in _KEEPING_ORDER]
+        if _is_ambiguous(graph, call, maps) and any(
+            other.index > call.index or RULES[other.name] in _REORDERING for other in others
+        ):
+            return call
+    return None
+
+
+def _is_ambiguous(graph: ValueGraph, call: Call, maps: Mapping[int, Channels]) -> bool:
+    return (
+        RULES[call.name] is _VIEW
+        and "flattened" not in call.kwargs
+        and any(
+            _could_be_another_axis(maps[index].labels, graph.values[index].shape)
+            for index in (*call.inputs, *call.outputs)
+            if index in maps
+        )
+    )
+
+
+# Behind the first ones, elements lie in the order in which they lay before; the second ones may change it, and all
+# others leave the axes in order.
+_KEEPING_ORDER = (_IDENTITY, _VIEW, _SQUEEZE, _ADD, RULES["aten._to_copy.default"])
+_REORDERING = (
+    _PERMUTE,
+    _JOIN,
+    *(RULES[f"aten.{name}.default"] for name in ("expand", "flip", "roll", "pixel_shuffle")),
+)

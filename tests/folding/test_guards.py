@@ -1293,6 +1293,63 @@ def test_reshapes_that_only_as_many_examples_as_channels_make_nothing_of_are_see
     judge(model, torch.randn(examples, 3, dtype=torch.float64), kept={"bn": "not-transparent"})
 
 
+def axes_joined_in_between(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x)
+    n, c = h.shape[:2]
+    return m.bn(h.transpose(0, 1).reshape(n, c, -1).transpose(0, 1).reshape(h.shape)).tanh()
+
+
+def channels_split_in_between(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x).mean((2, 3))
+    return m.bn(h.t().reshape(-1, 2, 2).permute(1, 2, 0).reshape(*h.shape, 1, 1)).tanh()
+
+
+def stacked_anew(m: Any, x: Tensor) -> Tensor:
+    h = torch.stack(m.conv(x).unbind(0), 1)
+    c, n = h.shape[:2]
+    return m.bn(torch.stack(h.reshape(n, c, -1).unbind(0), 1).reshape(x.shape[0], c, *x.shape[2:])).tanh()
+
+
+def sliced_behind(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x)
+    n, c = h.shape[:2]
+    return m.narrow(h.view(c, n, -1)[:, :2]).tanh()
+
+
+@pytest.mark.parametrize(
+    ("forward", "norm"),
+    [
+        (axes_joined_in_between, "bn"),
+        (channels_split_in_between, "bn"),
+        (stacked_anew, "bn"),
+        (sliced_behind, "narrow"),
+    ],
+)
+def test_reshape_that_may_mix_as_many_examples_as_channels_keeps_the_batchnorm(
+    forward: Any, norm: str, judge: Judge, net: Any
+) -> None:
+    norms = {"bn": nn.BatchNorm2d(4), "narrow": nn.BatchNorm1d(2)}
+    model = net(forward, conv=nn.Conv2d(3, 4, 1), **{norm: norms[norm]})
+    example = torch.randn(4, 3, 4, 2, dtype=torch.float64)
+    # With another number of examples, some of these do not even run.
+    judge(model, example, kept={norm: "not-transparent"}, others=[(example.cos(),)])
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.bn(m.conv(x).view(*x.shape[:1], 4, -1).unsqueeze(-1)).tanh(),
+        lambda m, x: m.bn(m.conv(x).view(4, len(x), -1).view(len(x), 4, *x.shape[2:])).tanh(),
+        lambda m, x: m.bn(m.conv(x).transpose(2, 3).contiguous().mean(3, keepdim=True)).tanh(),
+    ],
+)
+def test_reshapes_that_move_nothing_fold_with_as_many_examples_as_channels(
+    forward: Any, judge: Judge, net: Any
+) -> None:
+    model = net(forward, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
+    judge(model, torch.randn(4, 3, 4, 2, dtype=torch.float64), folds={"bn": ["conv"]})
+
+
 def test_flattening_as_many_examples_as_channels_says_itself_what_it_does(judge: Judge, net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.bn(m.conv(x).mean((2, 3), keepdim=True).flatten(1)).tanh()
