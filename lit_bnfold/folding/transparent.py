@@ -204,19 +204,12 @@ def _check_short_axes(graph: ValueGraph, call: Call, labels: Tensor, moved: Tens
     if max(labels.shape, default=1) == 1:
         return
     before, after = _shapes(graph, call)
-    is_open = "flattened" not in call.kwargs and _without_ones(before) == _without_ones(after)
-    if is_open and _could_be_another_axis(labels, before):
-        raise NotTransparent("changes nothing, with axes that are equally long: others would show what it really does")
     left, between, right = _short_axes(labels, before)
     moved_left, moved_between, moved_right = _short_axes(moved, after)
     left_is_known = left <= moved_left or _joins_before_channels(call, labels, moved)
     right_is_known = right <= moved_right or _is_average(graph, call, labels)
     if not (left_is_known and between <= moved_between and right_is_known):
         raise NotTransparent("removes an axis of size 1: an example of at least 2 there would show what it really does")
-
-
-def _without_ones(shape: tuple[int, ...]) -> list[int]:
-    return [size for size in shape if size != 1]
 
 
 def _could_be_another_axis(labels: Tensor, shape: tuple[int, ...]) -> bool:
