@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from typing import Any
@@ -483,6 +484,41 @@ def test_plan_of_an_unknown_version_or_shape_is_refused() -> None:
         FoldingPlan.from_dict(good | {"version": 99})
     with pytest.raises(FoldingError, match="of version 1 to 2, got version None"):
         FoldingPlan.from_dict([])  # type: ignore[arg-type]
+    with pytest.raises(FoldingError, match="of version 1 to 2, got version 0"):
+        FoldingPlan.from_dict(good | {"version": 0})
+
+
+PART = {"layer": "fc", "channels": [0, 1], "shift": 1.0, "baked": False, "function": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"direction": "sideways"}, "folds[0].direction: expected one of backward, forward, parallel, found 'side"),
+        ({"direction": "a" * 78}, "found '" + "a" * 78 + "'. Take"),
+        ({"direction": "a" * 79}, "found '" + "a" * 79 + ".... Take"),
+        ({"direction": 10**5000}, "found int with a number that is too long to write. Take"),
+        ({"parts": []}, "folds[0].parts: expected layers beside 'bn', each once, found []"),
+        ({"parts": [PART, PART]}, "folds[0].parts: expected layers beside 'bn', each once, found ['fc', 'fc']"),
+        ({"parts": [PART | {"layer": "bn"}]}, "folds[0].parts: expected layers beside 'bn', each once, found ['bn']"),
+        ({"parts": [PART | {"channels": [0, "x"]}]}, "folds[0].parts[0].channels: expected numbers of channels, or -1"),
+        ({"parts": [PART | {"channels": [0, -2]}]}, "folds[0].parts[0].channels: expected numbers of channels, or -1"),
+        ({"parts": [PART | {"channels": [2**63]}]}, "folds[0].parts[0].channels: expected numbers of channels, or -1"),
+        ({"parts": [PART | {"shift": 10**400}]}, "folds[0].parts[0].shift: expected a finite number, found 1000"),
+        ({"eps": float("nan")}, "folds[0].eps: expected a finite number, found nan"),
+        ({"eps": -1e-9}, "folds[0].eps: expected a number from 0 on, found -1e-09"),
+    ],
+)
+def test_fold_that_cannot_be_is_refused_where_it_is_wrong(change: dict[str, Any], said: str) -> None:
+    plan = FoldingPlan((Fold("bn", (Part("fc", (0, 1)),)),)).to_dict()
+    with pytest.raises(FoldingError, match=re.escape(said)):
+        FoldingPlan.from_dict(plan | {"folds": [plan["folds"][0] | change]})
+
+
+def test_plan_at_the_limits_of_what_can_be_is_taken_in_whatever_order_its_keys_are() -> None:
+    parts = (Part("fc", (-1, 2**63 - 1), shift=sys.float_info.max),)
+    plan = FoldingPlan((Fold("bn", parts, eps=0.0), Fold("other", parts, eps=sys.float_info.max)))
+    assert FoldingPlan.from_dict(dict(reversed(plan.to_dict().items()))) == plan
 
 
 def test_columns_of_the_table_are_as_wide_as_the_longest_name() -> None:
