@@ -260,8 +260,8 @@ class _Search:
         if call is not None:
             raise _StaysError(
                 "not-transparent",
-                f"{self.graph.where(call)} meets an axis as long as its channels are many, and might mix both where "
-                "they are not: an example of other sizes would show that",
+                f"{self.graph.where(call)} meets axes that are equally long, and might mix the channels with the rest "
+                "where they are not: an example of other sizes would show that",
             )
 
     def _check_erasure(self) -> None:

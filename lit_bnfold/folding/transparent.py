@@ -213,9 +213,19 @@ def _check_short_axes(graph: ValueGraph, call: Call, labels: Tensor, moved: Tens
 
 
 def _could_be_another_axis(labels: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether an axis of channels is as long as another one: on other sizes, ``view(C, N)`` mixes the two."""
-    sizes = [size for axis, size in enumerate(shape) if labels.shape[axis] == 1]
-    return any(shape[axis] in sizes for axis in range(len(shape)) if labels.shape[axis] > 1)
+    """Whether the channels are as many as another axis is long, or what is before them is as long as what is behind.
+
+    On other sizes, ``view(C, N)`` and ``view(L, C, N)`` would mix the channels with the rest then.
+    """
+    if max(labels.shape, default=1) == 1:
+        return False
+    first, last = _first_axis(labels), _last_axis(labels)
+    channels = {shape[axis] for axis in range(len(shape)) if labels.shape[axis] > 1}
+    left, right = ([size for size in sizes if size > 1] for sizes in (shape[:first], shape[last + 1 :]))
+    between = [shape[axis] for axis in range(first, last) if labels.shape[axis] == 1]
+    if not channels.isdisjoint((*left, *between, *right)):
+        return True
+    return bool(left and right) and not {*left, math.prod(left)}.isdisjoint((*right, math.prod(right)))
 
 
 def _joins_before_channels(call: Call, labels: Tensor, moved: Tensor) -> bool:
@@ -563,7 +573,7 @@ RULES: dict[str, Rule] = {
 
 
 def ambiguous_reshape(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[int, Channels]) -> Call | None:
-    """Find a reshape that might mix the channels with something else as soon as that is not as long as they are many.
+    """Find a reshape that might mix the channels with something else as soon as axes are not equally long by chance.
 
     With as many examples as channels, ``view(N, C, -1)`` on what ``transpose(0, 1)`` gave looks like the harmless
     removal of axes behind the channels. Reshapes alone keep the order in memory, so that they cannot mix anything.
@@ -577,7 +587,7 @@ def ambiguous_reshape(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[in
         The first such call; None if there is none.
     """
     for call in calls:
-        others = [other for other in calls if other is not call and RULES[other.name] not in _KEEPING_ORDER]
+        others = [other for other in calls if RULES[other.name] not in _KEEPING_ORDER]
         if _is_ambiguous(graph, call, maps) and any(
             other.index > call.index or RULES[other.name] in _REORDERING for other in others
         ):

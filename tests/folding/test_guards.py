@@ -1304,6 +1304,16 @@ def stacked_anew(m: Any, x: Tensor) -> Tensor:
     return m.bn(torch.stack(h.reshape(n, c, -1).unbind(0), 1).reshape(x.shape[0], c, *x.shape[2:])).tanh()
 
 
+def examples_and_steps_swapped(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x)[:, :3]
+    return m.three(h.permute(2, 1, 0, 3).reshape(len(x), 3, *x.shape[2:])).tanh()
+
+
+def examples_and_pixels_swapped(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x[..., :1])[:, :3]
+    return m.three(h.squeeze(3).permute(2, 1, 0).reshape(len(x), 3, 2, 2)).tanh()
+
+
 def sliced_behind(m: Any, x: Tensor) -> Tensor:
     h = m.conv(x)
     n, c = h.shape[:2]
@@ -1316,13 +1326,15 @@ def sliced_behind(m: Any, x: Tensor) -> Tensor:
         (axes_joined_in_between, "bn"),
         (channels_split_in_between, "bn"),
         (stacked_anew, "bn"),
+        (examples_and_steps_swapped, "three"),
+        (examples_and_pixels_swapped, "three"),
         (sliced_behind, "narrow"),
     ],
 )
-def test_reshape_that_may_mix_as_many_examples_as_channels_keeps_the_batchnorm(
+def test_reshape_that_may_mix_axes_that_are_equally_long_by_chance_keeps_the_batchnorm(
     forward: Any, norm: str, judge: Judge, net: Any
 ) -> None:
-    norms = {"bn": nn.BatchNorm2d(4), "narrow": nn.BatchNorm1d(2)}
+    norms = {"bn": nn.BatchNorm2d(4), "three": nn.BatchNorm2d(3), "narrow": nn.BatchNorm1d(2)}
     model = net(forward, conv=nn.Conv2d(3, 4, 1), **{norm: norms[norm]})
     example = torch.randn(4, 3, 4, 2, dtype=torch.float64)
     # With another number of examples, some of these do not even run.
