@@ -1347,6 +1347,8 @@ def test_reshape_that_may_mix_axes_that_are_equally_long_by_chance_keeps_the_bat
         lambda m, x: m.bn(m.conv(x).view(*x.shape[:1], 4, -1).unsqueeze(-1)).tanh(),
         lambda m, x: m.bn(m.conv(x).view(4, len(x), -1).view(len(x), 4, *x.shape[2:])).tanh(),
         lambda m, x: m.bn(m.conv(x).transpose(2, 3).contiguous().mean(3, keepdim=True)).tanh(),
+        lambda m, x: m.bn(m.conv(x).mean((2, 3)).view(len(x), -1)[..., None, None]).tanh(),
+        lambda m, x: m.bn(m.conv(x).flatten(2).transpose(1, 2).transpose(1, 2)[..., None]).tanh(),
     ],
 )
 def test_reshapes_that_move_nothing_fold_with_as_many_examples_as_channels(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lit_bnfold.folding.graph import Call, ValueGraph
 from lit_bnfold.folding.record import Recorder
-from lit_bnfold.folding.transparent import RULES, UNTOUCHED, Channels, NotTransparent
+from lit_bnfold.folding.transparent import RULES, UNTOUCHED, Channels, NotTransparent, _could_be_another_axis
 
 Operation = Callable[..., Any]
 
@@ -438,3 +439,31 @@ def test_elements_that_a_view_does_not_mix_with_the_channels_are_not_counted(
     graph, call = recorded(net, lambda x: x.view(4, 6, 3), [torch.randn(24, 3)])
     ((_, asked),) = RULES[call.name].up(graph, call, 0, Channels.along(2, 3, 3))
     assert asked.same_as(Channels.along(1, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "channel_axes", "expected"),
+    [
+        ((5, 4, 3), [1], False),
+        ((4,), [0], False),
+        ((5, 4), [1], False),
+        ((4, 5), [0], False),
+        ((1, 4, 1, 1), [1], False),
+        ((1, 4, 2, 2), [1], False),
+        ((7, 2, 5, 2, 3), [1, 3], False),
+        ((4, 4), [1], True),
+        ((5, 4, 4), [1], True),
+        ((3, 4, 3), [1], True),
+        ((6, 4, 2, 3), [1], True),
+        ((2, 3, 4, 6), [2], True),
+        ((7, 2, 3, 3, 5), [1, 3], True),
+        # Nothing is mapped, so nothing can be mixed.
+        ((4, 4), [], False),
+        ((), [], False),
+    ],
+)
+def test_channels_could_be_another_axis_where_lengths_are_equal(
+    shape: tuple[int, ...], channel_axes: list[int], expected: bool
+) -> None:
+    sizes = [size if axis in channel_axes else 1 for axis, size in enumerate(shape)]
+    assert _could_be_another_axis(torch.arange(math.prod(sizes)).view(sizes), shape) is expected
