@@ -212,22 +212,6 @@ def _check_short_axes(graph: ValueGraph, call: Call, labels: Tensor, moved: Tens
         raise NotTransparent("removes an axis of size 1: an example of at least 2 there would show what it really does")
 
 
-def _could_be_another_axis(labels: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether the channels are as many as another axis is long, or what is before them is as long as what is behind.
-
-    On other sizes, ``view(C, N)`` and ``view(L, C, N)`` would mix the channels with the rest then.
-    """
-    if max(labels.shape, default=1) == 1:
-        return False
-    first, last = _first_axis(labels), _last_axis(labels)
-    channels = {shape[axis] for axis in range(len(shape)) if labels.shape[axis] > 1}
-    left, right = ([size for size in sizes if size > 1] for sizes in (shape[:first], shape[last + 1 :]))
-    between = [shape[axis] for axis in range(first, last) if labels.shape[axis] == 1]
-    if not channels.isdisjoint((*left, *between, *right)):
-        return True
-    return bool(left and right) and not {*left, math.prod(left)}.isdisjoint((*right, math.prod(right)))
-
-
 def _joins_before_channels(call: Call, labels: Tensor, moved: Tensor) -> bool:
     """Whether whatever an axis of size 1 may grow to goes to an axis before the channels."""
     if "flattened" in call.kwargs:
@@ -586,13 +570,11 @@ def ambiguous_reshape(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[in
     Returns:
         The first such call; None if there is none.
     """
-    for call in calls:
-        others = [other for other in calls if RULES[other.name] not in _KEEPING_ORDER]
-        if _is_ambiguous(graph, call, maps) and any(
-            other.index > call.index or RULES[other.name] in _REORDERING for other in others
-        ):
-            return call
-    return None
+    others = [call for call in calls if RULES[call.name] not in _KEEPING_ORDER]
+    reorders = any(RULES[call.name] in _REORDERING for call in others)
+    last = max((call.index for call in others), default=-1)
+    ambiguous = (call for call in calls if (reorders or call.index < last) and _is_ambiguous(graph, call, maps))
+    return next(ambiguous, None)
 
 
 def _is_ambiguous(graph: ValueGraph, call: Call, maps: Mapping[int, Channels]) -> bool:
@@ -605,6 +587,22 @@ def _is_ambiguous(graph: ValueGraph, call: Call, maps: Mapping[int, Channels]) -
             if index in maps
         )
     )
+
+
+def _could_be_another_axis(labels: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the channels are as many as another axis is long, or what is before them is as long as what is behind.
+
+    On other sizes, ``view(C, N)`` and ``view(L, C, N)`` would mix the channels with the rest then.
+    """
+    if max(labels.shape, default=1) == 1:
+        return False
+    first, last = _first_axis(labels), _last_axis(labels)
+    channels = {shape[axis] for axis in range(len(shape)) if labels.shape[axis] > 1}
+    left, right = ([size for size in sizes if size > 1] for sizes in (shape[:first], shape[last + 1 :]))
+    between = [shape[axis] for axis in range(first, last) if labels.shape[axis] == 1]
+    if not channels.isdisjoint((*left, *between, *right)):
+        return True
+    return bool(left and right) and not {*left, math.prod(left)}.isdisjoint((*right, math.prod(right)))
 
 
 # Behind the first ones, elements lie in the order in which they lay before; the second ones may change it, and all
