@@ -560,7 +560,7 @@ def ambiguous_reshape(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[in
     """Find a reshape that might mix the channels with something else as soon as axes are not equally long by chance.
 
     With as many examples as channels, ``view(N, C, -1)`` on what ``transpose(0, 1)`` gave looks like the harmless
-    removal of axes behind the channels. Reshapes alone keep the order in memory, so that they cannot mix anything.
+    joining of axes behind the channels; with as many examples as pixels in a row, ``view(H, C, -1)`` looks like it.
 
     Args:
         graph: What the run did.
@@ -573,36 +573,38 @@ def ambiguous_reshape(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[in
     others = [call for call in calls if RULES[call.name] not in _KEEPING_ORDER]
     reorders = any(RULES[call.name] in _REORDERING for call in others)
     last = max((call.index for call in others), default=-1)
-    ambiguous = (call for call in calls if (reorders or call.index < last) and _is_ambiguous(graph, call, maps))
-    return next(ambiguous, None)
+    for call in calls:
+        if RULES[call.name] is _VIEW and "flattened" not in call.kwargs:
+            labels, shapes = [maps[index].labels for index in (call.inputs[0], call.outputs[0])], _shapes(graph, call)
+            if _regroups(labels[0], *shapes) or any(map(_could_be_swapped_around, labels, shapes)):
+                return call
+            # Alone, it keeps the order in memory, and what comes out has as many channels as the last module asks for.
+            if (reorders or call.index < last) and any(map(_could_be_another_axis, labels, shapes)):
+                return call
+    return None
 
 
-def _is_ambiguous(graph: ValueGraph, call: Call, maps: Mapping[int, Channels]) -> bool:
-    return (
-        RULES[call.name] is _VIEW
-        and "flattened" not in call.kwargs
-        and any(
-            _could_be_another_axis(maps[index].labels, graph.values[index].shape)
-            for index in (*call.inputs, *call.outputs)
-            if index in maps
-        )
+def _regroups(labels: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether channels and other axes turn into several axes at once, of which each may hold a piece of several."""
+    return any(
+        len(old) > 1 and len(new) > 1 and {labels.shape[axis] > 1 for axis in old} == {True, False}
+        for old, new in _corresponding_axes(before, after)
     )
 
 
-def _could_be_another_axis(labels: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether the channels are as many as another axis is long, or what is before them is as long as what is behind.
-
-    On other sizes, ``view(C, N)`` and ``view(L, C, N)`` would mix the channels with the rest then.
-    """
+def _could_be_swapped_around(labels: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether what is before the channels is as long as what is behind: ``view(L, C, N)`` mixes all on other sizes."""
     if max(labels.shape, default=1) == 1:
         return False
-    first, last = _first_axis(labels), _last_axis(labels)
-    channels = {shape[axis] for axis in range(len(shape)) if labels.shape[axis] > 1}
-    left, right = ([size for size in sizes if size > 1] for sizes in (shape[:first], shape[last + 1 :]))
-    between = [shape[axis] for axis in range(first, last) if labels.shape[axis] == 1]
-    if not channels.isdisjoint((*left, *between, *right)):
-        return True
-    return bool(left and right) and not {*left, math.prod(left)}.isdisjoint((*right, math.prod(right)))
+    sides = shape[: _first_axis(labels)], shape[_last_axis(labels) + 1 :]
+    left, right = ({*(size for size in side if size > 1), math.prod(side)} - {1} for side in sides)
+    return not left.isdisjoint(right)
+
+
+def _could_be_another_axis(labels: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the channels are as many as another axis is long: ``view(C, N)`` mixes both on other sizes."""
+    others = {size for axis, size in enumerate(shape) if labels.shape[axis] == 1}
+    return any(size in others for axis, size in enumerate(shape) if labels.shape[axis] > 1)
 
 
 # Behind the first ones, elements lie in the order in which they lay before; the second ones may change it, and all

@@ -1355,7 +1355,7 @@ def test_reshapes_that_move_nothing_fold_with_as_many_examples_as_channels(
     forward: Any, judge: Judge, net: Any
 ) -> None:
     model = net(forward, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
-    judge(model, torch.randn(4, 3, 4, 2, dtype=torch.float64), folds={"bn": ["conv"]})
+    judge(model, torch.randn(4, 3, 5, 2, dtype=torch.float64), folds={"bn": ["conv"]})
 
 
 def test_flattening_as_many_examples_as_channels_says_itself_what_it_does(judge: Judge, net: Any) -> None:
