@@ -57,13 +57,14 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def _is_put_off(signum: int, frame: FrameType | None) -> bool:
-    """Whether something is being handed over to TensorBoard's thread; the signal comes again in a moment then.
+    """Whether this is no moment for an exception; the signal comes again in another one then.
 
-    An exception in the middle of that can leave a lock held that nobody releases, or a thread that does not know of
-    what it has to write. Lightning closes the files of a training that is stopped, and would wait for that thread: for
-    two minutes, or without an end.
+    While something is being handed over to TensorBoard's thread, an exception can leave a lock held that nobody
+    releases, or a thread that does not know of what it has to write. Lightning closes the files of a training that is
+    stopped, and would wait for that thread: for two minutes, or without an end. Out of a `__del__` Python lets no
+    exception, and the process would go on as if nobody had stopped it.
     """
-    while frame is not None and frame.f_globals.get("__name__") != _HANDED_OVER_IN:
+    while frame is not None and not _must_end(frame):
         frame = frame.f_back
     # Windows has no such timers.
     if frame is None or not hasattr(signal, "setitimer"):
@@ -71,6 +72,10 @@ def _is_put_off(signum: int, frame: FrameType | None) -> bool:
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signum))
     signal.setitimer(signal.ITIMER_REAL, _PUT_OFF_SECONDS)
     return True
+
+
+def _must_end(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") == _HANDED_OVER_IN or frame.f_code.co_name == "__del__"
 
 
 def _stop(by: str, signum: signal.Signals) -> NoReturn:

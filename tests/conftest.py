@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -72,3 +76,26 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         trainer.fit(BatchNormMLP(vocab_size=data.vocab_size, n_embd=3, n_hidden=(6, 6)), data)
         trainer.save_checkpoint(root / "last.ckpt")
     return Saved(root / "last.ckpt", root / "folded.ckpt", words)
+
+
+class Lines:
+    """Traces a process, counts the lines of some files that run, and sends the process a signal at one of them."""
+
+    def __init__(self, files: Collection[str], last: float, signum: int) -> None:
+        self.files, self.seen, self.last, self.signum = files, 0, last, signum
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code.co_filename not in self.files:
+            return None
+        if event == "line":
+            self.seen += 1
+            if self.seen == self.last:
+                sys.settrace(None)
+                os.kill(os.getpid(), self.signum)
+        return self
+
+
+@pytest.fixture(scope="session")
+def lines() -> type[Lines]:
+    """What stops a process at any line."""
+    return Lines

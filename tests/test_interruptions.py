@@ -7,6 +7,7 @@ it ends, is what a user would see of ``lit-bnfold``.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -33,7 +34,7 @@ import yaml
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and looked at in /proc")
 
-SERVER = '''
+SERVER = """
 import atexit
 import json
 import os
@@ -47,6 +48,7 @@ from pathlib import Path
 import lightning.fabric.utilities.cloud_io as cloud_io
 import torch
 import torch.utils.tensorboard
+from lines import Lines
 from tensorboard.summary.writer import event_file_writer
 
 import lit_bnfold
@@ -59,23 +61,6 @@ WATCHED = {cloud_io.__file__, *map(str, Path(lit_bnfold.__file__).parent.rglob("
 WATCHED |= {event_file_writer.__file__, queue.__file__, threading.__file__}
 WATCHED -= {str(path) for path in (Path(lit_bnfold.__file__).parent / "folding").glob("*.py")}
 answers = os.fdopen(os.dup(1), "w", buffering=1)
-
-
-class Lines:
-    """Counts the lines of the watched files, and sends its own process a signal at one of them."""
-
-    def __init__(self, last, signum):
-        self.seen, self.last, self.signum = 0, last, signum
-
-    def __call__(self, frame, event, argument):
-        if frame.f_code.co_filename not in WATCHED:
-            return None
-        if event == "line":
-            self.seen += 1
-            if self.seen == self.last:
-                sys.settrace(None)
-                os.kill(os.getpid(), self.signum)
-        return self
 
 
 def begin(asked):
@@ -94,7 +79,7 @@ def begin(asked):
     if "timed" in asked:
         atexit.register(lambda: Path("seconds.txt").write_text(str(time.process_time())))
     if "line" in asked:
-        lines = Lines(asked["line"], asked["signum"])
+        lines = Lines(WATCHED, asked["line"], asked["signum"])
         atexit.register(lambda: Path("lines.txt").write_text(str(lines.seen)) if asked["line"] == 0 else None)
         sys.settrace(lines)
 
@@ -111,7 +96,7 @@ for request in sys.stdin:
         sys.exit()
     print(child, file=answers)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers)
-'''
+"""
 
 
 # The commands and what they leave
@@ -138,7 +123,7 @@ class Commands:
 
 
 @pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
+def commands(lines: type) -> Iterator[Commands]:
     # Not in pytest's own directory, which the next session closes to other users, whatever goes on in it.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         root = Path(directory).resolve()
@@ -147,6 +132,8 @@ def commands() -> Iterator[Commands]:
             "\n".join(letters[i % 23 : i % 23 + 2 + i % 3] for i in range(100)) + "\nz\nx\nzx\nzxy\n"
         )
         (root / "server.py").write_text(SERVER)
+        imports = "from __future__ import annotations\nimport os, sys\n"
+        (root / "lines.py").write_text(imports + inspect.getsource(lines))
         # Another user reads the words and finds the way to its directory.
         root.chmod(0o755)
         with (

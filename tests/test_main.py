@@ -38,31 +38,17 @@ ACTIONS: dict[str, Callable[[EventFileWriter], object]] = {
 }
 
 
-class Lines:
-    """Counts the lines that run while something is handed over, and sends this process a signal at one of them."""
+# What the signals come in the middle of.
+FILES = (event_file_writer.__file__, queue.__file__, threading.__file__)
 
-    FILES = (event_file_writer.__file__, queue.__file__, threading.__file__)
 
-    def __init__(self, last: float, signum: int) -> None:
-        self.seen, self.last, self.signum = 0, last, signum
-
-    def __call__(self, frame: Any, event: str, argument: object) -> Any:
-        if frame.f_code.co_filename not in self.FILES:
-            return None
-        if event == "line":
-            self.seen += 1
-            if self.seen == self.last:
-                sys.settrace(None)
-                os.kill(os.getpid(), self.signum)
-        return self
-
-    def watch(self, act: Callable[[], object]) -> None:
-        own = sys.gettrace()
-        sys.settrace(self)
-        try:
-            act()
-        finally:
-            sys.settrace(own)
+def trace(lines: Any, act: Callable[[], object]) -> None:
+    own = sys.gettrace()
+    sys.settrace(lines)
+    try:
+        act()
+    finally:
+        sys.settrace(own)
 
 
 @pytest.fixture(params=STOPS)
@@ -84,12 +70,12 @@ def close(writer: EventFileWriter) -> None:
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_a_signal_at_any_line_of_tensorboard_leaves_a_file_that_can_be_closed(
-    action: str, signum: int, tmp_path: Path
+    action: str, signum: int, tmp_path: Path, lines: Any
 ) -> None:
     act, stop = ACTIONS[action], STOPS[signum][1]
-    undisturbed = Lines(math.inf, signum)
+    undisturbed = lines(FILES, math.inf, signum)
     writer = EventFileWriter(str(tmp_path))
-    undisturbed.watch(lambda: act(writer))
+    trace(undisturbed, lambda: act(writer))
     writer.close()
     assert undisturbed.seen > 10
 
@@ -100,12 +86,29 @@ def test_a_signal_at_any_line_of_tensorboard_leaves_a_file_that_can_be_closed(
     for line in range(1, undisturbed.seen + 1):
         writer = EventFileWriter(str(tmp_path))
         with pytest.raises(stop):
-            Lines(line, signum).watch(log_on)
+            trace(lines(FILES, line, signum), log_on)
         # Who waits for the thread that writes may wait without an end.
         closing = threading.Thread(target=close, args=(writer,), daemon=True)
         closing.start()
         closing.join(30)
         assert not closing.is_alive(), f"stopped at line {line} of {undisturbed.seen}"
+
+
+def test_a_signal_in_a_finalizer_is_not_lost(signum: int) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signum)
+            ended.append(True)
+
+    ended: list[bool] = []
+
+    def finalize() -> None:
+        Finalized()
+        time.sleep(60)
+
+    with pytest.raises(STOPS[signum][1]):
+        finalize()
+    assert ended == [True]
 
 
 def test_a_file_whose_name_is_bytes_is_named_as_any_other() -> None:

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache
+from functools import cache, partial
 from types import FunctionType, TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -701,7 +701,8 @@ class _Ledger:
         if key in self._living:  # a new version of a tensor that is being followed already
             self._living[key] = (self._living[key][0], index)
         else:
-            self._living[key] = (weakref.ref(tensor, lambda _: self._living.pop(key, None)), index)
+            # No function of Python's: an exception that a signal raises in it, such as that of Ctrl-C, would be lost.
+            self._living[key] = (weakref.ref(tensor, partial(self._living.pop, key)), index)
 
     def settle(self) -> None:
         """Note which values outlived the run, and follow the parameters and buffers alone from here on."""
@@ -712,7 +713,10 @@ class _Ledger:
         values = self._graph.values
         named = {value.storage for value in values if value.name is not None}
         self._memory = {address: known for address, known in self._memory.items() if known[1] in named}
-        self._living = {key: known for key, known in self._living.items() if values[known[1]].name is not None}
+        # In place: what forgets a tensor when it dies holds this very dict.
+        for key, (_, index) in list(self._living.items()):
+            if values[index].name is None:
+                self._living.pop(key, None)
 
     def _survivors(self) -> list[Value]:
         """The values that the run has made and that are still alive, without those of which that is known."""

@@ -260,8 +260,8 @@ class _Search:
         if call is not None:
             raise _StaysError(
                 "not-transparent",
-                f"{self.graph.where(call)} meets axes that are equally long, and might mix the channels with the rest "
-                "where they are not: an example of other sizes would show that",
+                f"{self.graph.where(call)} might mix the channels with other axes where these are longer or shorter; "
+                "an example whose axes are not as long as each other may show that it does not",
             )
 
     def _check_erasure(self) -> None:

@@ -560,7 +560,8 @@ def ambiguous_reshape(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[in
     """Find a reshape that might mix the channels with something else as soon as axes are not equally long by chance.
 
     With as many examples as channels, ``view(N, C, -1)`` on what ``transpose(0, 1)`` gave looks like the harmless
-    joining of axes behind the channels; with as many examples as pixels in a row, ``view(H, C, -1)`` looks like it.
+    joining of axes behind the channels; with as many examples as pixels in a row, ``view(H, C, -1)`` looks like it. And
+    what a slice picks of an axis that channels share with others depends on how long these are.
 
     Args:
         graph: What the run did.
@@ -573,21 +574,41 @@ def ambiguous_reshape(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[in
     others = [call for call in calls if RULES[call.name] not in _KEEPING_ORDER]
     reorders = any(RULES[call.name] in _REORDERING for call in others)
     last = max((call.index for call in others), default=-1)
-    for call in calls:
-        if RULES[call.name] is _VIEW and "flattened" not in call.kwargs:
-            labels, shapes = [maps[index].labels for index in (call.inputs[0], call.outputs[0])], _shapes(graph, call)
-            if _regroups(labels[0], *shapes) or any(map(_could_be_swapped_around, labels, shapes)):
-                return call
-            # Alone, it keeps the order in memory, and what comes out has as many channels as the last module asks for.
-            if (reorders or call.index < last) and any(map(_could_be_another_axis, labels, shapes)):
-                return call
+    last_pick = max((call.index for call in others if _picks_of_repeated(graph, call, maps)), default=-1)
+    for call in (call for call in calls if RULES[call.name] is _VIEW):
+        labels, shapes = [maps[index].labels for index in (call.inputs[0], call.outputs[0])], _shapes(graph, call)
+        if call.index < last_pick and _joins_channels(labels[0], *shapes):
+            return call
+        if "flattened" in call.kwargs:
+            continue
+        if _regroups(labels[0], *shapes) or any(map(_could_be_swapped_around, labels, shapes)):
+            return call
+        # Alone, it keeps the order in memory, and what comes out has as many channels as the last module asks for.
+        if (reorders or call.index < last) and any(map(_could_be_another_axis, labels, shapes)):
+            return call
     return None
 
 
-def _regroups(labels: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
-    """Whether channels and other axes turn into several axes at once, of which each may hold a piece of several."""
+def _picks_of_repeated(graph: ValueGraph, call: Call, maps: Mapping[int, Channels]) -> bool:
+    """Whether a call picks of an axis on which a channel comes several times."""
+    if RULES[call.name] is not _PICK:
+        return False
+    rows = maps[call.inputs[0]].labels.movedim(_axis_picked(graph, call), -1).sort(-1).values
+    return bool(((rows[..., 1:] == rows[..., :-1]) & (rows[..., 1:] != UNTOUCHED)).any())
+
+
+def _joins_channels(labels: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether channels and other axes turn into one axis: its first two positions are of one channel or of two then."""
     return any(
-        len(old) > 1 and len(new) > 1 and {labels.shape[axis] > 1 for axis in old} == {True, False}
+        len(new) == 1 and {labels.shape[axis] > 1 for axis in old} == {True, False}
+        for old, new in _corresponding_axes(before, after)
+    )
+
+
+def _regroups(labels: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether several axes, and not channels alone, turn into several at once: each may hold pieces of several then."""
+    return any(
+        len(old) > 1 and len(new) > 1 and any(labels.shape[axis] == 1 for axis in old)
         for old, new in _corresponding_axes(before, after)
     )
 
