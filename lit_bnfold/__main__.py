@@ -62,7 +62,8 @@ def _is_put_off(signum: int, frame: FrameType | None) -> bool:
     While something is being handed over to TensorBoard's thread, an exception can leave a lock held that nobody
     releases, or a thread that does not know of what it has to write. Lightning closes the files of a training that is
     stopped, and would wait for that thread: for two minutes, or without an end. Out of a `__del__` Python lets no
-    exception, and the process would go on as if nobody had stopped it.
+    exception, and fsspec takes each for the answer that a file is not there: the process would go on as if nobody had
+    stopped it.
     """
     while frame is not None and not _must_end(frame):
         frame = frame.f_back
@@ -75,7 +76,8 @@ def _is_put_off(signum: int, frame: FrameType | None) -> bool:
 
 
 def _must_end(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__") == _HANDED_OVER_IN or frame.f_code.co_name == "__del__"
+    module, function = frame.f_globals.get("__name__"), frame.f_code.co_name
+    return module == _HANDED_OVER_IN or function == "__del__" or (module, function) == ("fsspec.spec", "exists")
 
 
 def _stop(by: str, signum: signal.Signals) -> NoReturn:

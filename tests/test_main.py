@@ -14,7 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec.implementations.local
+import fsspec.spec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -109,6 +112,26 @@ def test_a_signal_in_a_finalizer_is_not_lost(signum: int) -> None:
     with pytest.raises(STOPS[signum][1]):
         finalize()
     assert ended == [True]
+
+
+def test_a_signal_while_a_file_is_looked_for_is_not_lost(signum: int, tmp_path: Path, lines: Any) -> None:
+    filesystem = LocalFileSystem()
+
+    def look() -> None:
+        assert filesystem.exists(tmp_path)
+
+    files = (fsspec.spec.__file__, fsspec.implementations.local.__file__)
+    undisturbed = lines(files, math.inf, signum)
+    trace(undisturbed, look)
+    assert undisturbed.seen > 10
+
+    def look_on() -> None:
+        look()
+        time.sleep(60)
+
+    for line in range(1, undisturbed.seen + 1):
+        with pytest.raises(STOPS[signum][1]):
+            trace(lines(files, line, signum), look_on)
 
 
 def test_a_file_whose_name_is_bytes_is_named_as_any_other() -> None:
