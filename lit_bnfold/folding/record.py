@@ -67,6 +67,7 @@ WITHOUT_TENSORS = {type(None), bool, int, float, complex, str, bytes, torch.dtyp
 _USUAL_EPS = (1e-5, 1e-3, 1e-6, 1e-4, 1e-8, 1e-12, 0.0)
 
 _FLATTENING = {torch.flatten, Tensor.flatten}
+_UNFLATTENING = {torch.unflatten, Tensor.unflatten}
 _RESHAPING = {torch.reshape, Tensor.reshape}
 _RECURRENT_MODULES = {nn.GRU, nn.LSTM, nn.RNN}
 _RECURRENT = {torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu}
@@ -550,11 +551,16 @@ class Recorder:
 def _asked_of_reshape(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The axes or the sizes that a call of ``flatten`` or ``reshape`` names; None for whatever else it is."""
+    """What a call of ``flatten``, ``unflatten`` or ``reshape`` names of axes or sizes; None for whatever else it is."""
     if function in _FLATTENING and args:
         rank = max(1, args[0].dim())
         given = {"start_dim": 0, "end_dim": -1} | dict(zip(("start_dim", "end_dim"), args[1:], strict=False)) | kwargs
         numbers, key = list(given.values()), "flattened"
+    elif function in _UNFLATTENING and args:
+        given = dict(zip(("dim", "sizes"), args[1:], strict=False)) | kwargs
+        if not all(type(size) is int for size in given["sizes"]):
+            return None
+        numbers, key, rank = [given["dim"]], "unflattened", max(1, args[0].dim())
     elif function in _RESHAPING and args:
         sizes = args[1:] or (kwargs.get("shape"),)
         numbers, key, rank = list(sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes), "size", 0

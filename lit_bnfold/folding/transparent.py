@@ -216,7 +216,7 @@ def _joins_before_channels(call: Call, labels: Tensor, moved: Tensor) -> bool:
     """Whether whatever an axis of size 1 may grow to goes to an axis before the channels."""
     if "flattened" in call.kwargs:
         return bool(call.kwargs["flattened"][1] < _first_axis(labels))
-    sizes = _argument(call, 1, "size")
+    sizes = _argument(call, 1, "size", ())
     return -1 in sizes and sizes.index(-1) < _first_axis(moved)
 
 
@@ -575,11 +575,15 @@ def ambiguous_reshape(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[in
     reorders = any(RULES[call.name] in _REORDERING for call in others)
     last = max((call.index for call in others), default=-1)
     last_pick = max((call.index for call in others if _picks_of_repeated(graph, call, maps)), default=-1)
+    are_joined = False  # the channels and other axes, somewhere before
     for call in (call for call in calls if RULES[call.name] is _VIEW):
         labels, shapes = [maps[index].labels for index in (call.inputs[0], call.outputs[0])], _shapes(graph, call)
-        if call.index < last_pick and _joins_channels(labels[0], *shapes):
+        joins = _joins_channels(labels[0], *shapes)
+        if joins and call.index < last_pick:
             return call
-        if "flattened" in call.kwargs:
+        names_axes = "flattened" in call.kwargs or ("unflattened" in call.kwargs and not are_joined)
+        are_joined |= joins
+        if names_axes:
             continue
         if _regroups(labels[0], *shapes) or any(map(_could_be_swapped_around, labels, shapes)):
             return call

@@ -1293,6 +1293,11 @@ def axes_joined_in_between(m: Any, x: Tensor) -> Tensor:
     return m.bn(h.transpose(0, 1).reshape(n, c, -1).transpose(0, 1).reshape(h.shape)).tanh()
 
 
+def test_unflattening_says_itself_what_it_does(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 32), nn.Unflatten(1, (8, 2, 2)), nn.BatchNorm2d(8), nn.ReLU())
+    judge(model, torch.randn(2, 3, dtype=torch.float64), folds={"2": ["0"]})
+
+
 def channels_split_in_between(m: Any, x: Tensor) -> Tensor:
     h = m.conv(x).mean((2, 3))
     return m.bn(h.t().reshape(-1, 2, 2).permute(1, 2, 0).reshape(*h.shape, 1, 1)).tanh()
@@ -1302,6 +1307,13 @@ def stacked_anew(m: Any, x: Tensor) -> Tensor:
     h = torch.stack(m.conv(x).unbind(0), 1)
     c, n = h.shape[:2]
     return m.bn(torch.stack(h.reshape(n, c, -1).unbind(0), 1).reshape(x.shape[0], c, *x.shape[2:])).tanh()
+
+
+def flattened_and_unflattened(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x)
+    for _ in range(2):
+        h = h.transpose(0, 1).flatten(0, 1).unflatten(0, (len(x), 4))
+    return m.bn(h).tanh()
 
 
 def examples_and_steps_swapped(m: Any, x: Tensor) -> Tensor:
@@ -1326,6 +1338,7 @@ def sliced_behind(m: Any, x: Tensor) -> Tensor:
         (axes_joined_in_between, "bn"),
         (channels_split_in_between, "bn"),
         (stacked_anew, "bn"),
+        (flattened_and_unflattened, "bn"),
         (examples_and_steps_swapped, "three"),
         (examples_and_pixels_swapped, "three"),
         (sliced_behind, "narrow"),

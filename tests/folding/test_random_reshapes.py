@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_bnfold.folding import plan_folding
 
-KINDS = ("permute", "permute", "reshape", "reshape", "reshape", "narrow", "mean", "stack")
+KINDS = ("permute", "permute", "reshape", "reshape", "reshape", "flatten", "unflatten", "narrow", "mean", "stack")
 Step = tuple[str, Any]
 
 
@@ -38,6 +38,11 @@ def take(h: Tensor, step: Step, sizes: dict[str, int]) -> Tensor:
         return h.permute(argument)
     if kind == "reshape":
         return h.reshape([math.prod(sizes[axis] for axis in axes) for axes in argument])
+    if kind == "flatten":
+        return h.flatten(*sorted(argument))
+    if kind == "unflatten":
+        axis, axes = argument
+        return h.unflatten(axis, [math.prod(sizes[each] for each in part) for part in axes])
     if kind == "narrow":
         return h.narrow(argument, 0, min(h.shape[argument], 2))
     if kind == "mean":
@@ -50,12 +55,18 @@ def random_step(rng: random.Random, rank: int) -> Step:
     if kind == "permute":
         return kind, rng.sample(range(rank), rank)
     if kind == "reshape":
-        axes: list[list[str]] = [[] for _ in range(rng.randint(2, 5))]
-        for axis in rng.sample("nchw", 4):
-            rng.choice(axes).append(axis)
-        return kind, axes
+        return kind, in_groups(rng, "nchw", rng.randint(2, 5))
     axis = rng.randrange(rank)
-    return kind, (axis, rng.randrange(rank)) if kind == "stack" else axis
+    if kind == "unflatten":
+        return kind, (axis, in_groups(rng, rng.sample("nchw", rng.randint(2, 3)), 2))
+    return kind, (axis, rng.randrange(rank)) if kind in ("stack", "flatten") else axis
+
+
+def in_groups(rng: random.Random, axes: Sequence[str], count: int) -> list[list[str]]:
+    groups: list[list[str]] = [[] for _ in range(count)]
+    for axis in rng.sample(axes, len(axes)):
+        rng.choice(groups).append(axis)
+    return groups
 
 
 def into_a_layer(h: Tensor, channels: int) -> nn.Module | None:
