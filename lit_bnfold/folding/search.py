@@ -256,13 +256,10 @@ class _Search:
         makers = [self.graph.maker(self.graph.values[index]) for index in self.maps]
         calls = {call.index: call for call in makers if call is not None and call.name in RULES}
         between = [call for _, call in sorted(calls.items()) if not self.maps.keys().isdisjoint(call.inputs)]
-        call = ambiguous_reshape(self.graph, between, self.maps)
-        if call is not None:
-            raise _StaysError(
-                "not-transparent",
-                f"{self.graph.where(call)} might mix the channels with other axes where these are longer or shorter; "
-                "an example whose axes are not as long as each other may show that it does not",
-            )
+        ambiguous = ambiguous_reshape(self.graph, between, self.maps)
+        if ambiguous is not None:
+            call, reason = ambiguous
+            raise _StaysError("not-transparent", f"{self.graph.where(call)} {reason}")
 
     def _check_erasure(self) -> None:
         """Without the BatchNorm its output is its input: that must not show either."""

@@ -9,6 +9,7 @@ the way down.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -556,8 +557,10 @@ RULES: dict[str, Rule] = {
 """The table: the name of each transparent operation, with its rule."""
 
 
-def ambiguous_reshape(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[int, Channels]) -> Call | None:
-    """Find a reshape that might mix the channels with something else as soon as axes are not equally long by chance.
+def ambiguous_reshape(
+    graph: ValueGraph, calls: Sequence[Call], maps: Mapping[int, Channels]
+) -> tuple[Call, str] | None:
+    """Find a reshape that might mix the channels with something else where other axes are longer or shorter.
 
     With as many examples as channels, ``view(N, C, -1)`` on what ``transpose(0, 1)`` gave looks like the harmless
     joining of axes behind the channels; with as many examples as pixels in a row, ``view(H, C, -1)`` looks like it. And
@@ -569,28 +572,43 @@ def ambiguous_reshape(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[in
         maps: The map of each value between them.
 
     Returns:
-        The first such call; None if there is none.
+        The first such call and a reason to put behind its name; None if there is none.
     """
+    reshapes = [call for call in calls if RULES[call.name] is _VIEW]
+    joins = [call for call in reshapes if _joins_channels(maps[call.inputs[0]].labels, *_shapes(graph, call))]
+    last_pick = max((call.index for call in calls if _picks_of_repeated(graph, call, maps)), default=-1)
+    for call in reshapes:
+        is_between = _is_between(maps[call.inputs[0]].labels, maps[call.outputs[0]].labels, *_shapes(graph, call))
+        if is_between or (call in joins and call.index < last_pick):
+            return call, "has the channels and other axes in one, and which is where depends on how long these are"
+    if all(_names_its_axes(call, joins) for call in reshapes):
+        return None
     others = [call for call in calls if RULES[call.name] not in _KEEPING_ORDER]
     reorders = any(RULES[call.name] in _REORDERING for call in others)
     last = max((call.index for call in others), default=-1)
-    last_pick = max((call.index for call in others if _picks_of_repeated(graph, call, maps)), default=-1)
-    are_joined = False  # the channels and other axes, somewhere before
-    for call in (call for call in calls if RULES[call.name] is _VIEW):
-        labels, shapes = [maps[index].labels for index in (call.inputs[0], call.outputs[0])], _shapes(graph, call)
-        joins = _joins_channels(labels[0], *shapes)
-        if joins and call.index < last_pick:
-            return call
-        names_axes = "flattened" in call.kwargs or ("unflattened" in call.kwargs and not are_joined)
-        are_joined |= joins
-        if names_axes:
-            continue
-        if _regroups(labels[0], *shapes) or any(map(_could_be_swapped_around, labels, shapes)):
-            return call
+    for call in reshapes:
         # Alone, it keeps the order in memory, and what comes out has as many channels as the last module asks for.
-        if (reorders or call.index < last) and any(map(_could_be_another_axis, labels, shapes)):
-            return call
+        is_alone = not reorders and call.index > last
+        labels = [maps[index].labels for index in (call.inputs[0], call.outputs[0])]
+        if _is_ambiguous(labels, _shapes(graph, call), is_alone):
+            return call, (
+                "might mix the channels with other axes where these are longer or shorter; an example whose axes are "
+                "not as long as each other may show that it does not"
+            )
     return None
+
+
+def _is_ambiguous(labels: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...], is_alone: bool) -> bool:
+    """Whether what a reshape does might come of sizes that are equal by chance."""
+    if _regroups(labels[0], *shapes) or any(map(_could_be_swapped_around, labels, shapes)):
+        return True
+    return not is_alone and any(map(_could_be_another_axis, labels, shapes))
+
+
+def _names_its_axes(call: Call, joins: Sequence[Call]) -> bool:
+    """Whether a reshape says which axes it means; splitting an axis of several kinds of things, it does not."""
+    joined_before = any(join.index < call.index for join in joins)
+    return "flattened" in call.kwargs or ("unflattened" in call.kwargs and not joined_before)
 
 
 def _picks_of_repeated(graph: ValueGraph, call: Call, maps: Mapping[int, Channels]) -> bool:
@@ -607,6 +625,16 @@ def _joins_channels(labels: Tensor, before: tuple[int, ...], after: tuple[int, .
         len(new) == 1 and {labels.shape[axis] > 1 for axis in old} == {True, False}
         for old, new in _corresponding_axes(before, after)
     )
+
+
+def _is_between(labels: Tensor, moved: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Whether one axis holds channels and others on both sides of them: 2 rows of 3 pixels fit in it, and 3 of 2 do."""
+    for old, new in _corresponding_axes(before, after):
+        several = [moved.shape[axis] > 1 for axis in new] if len(old) == 1 else [labels.shape[axis] > 1 for axis in old]
+        runs = [has_channels for has_channels, _ in itertools.groupby(several)]
+        if True in runs and runs.count(False) > 1:
+            return True
+    return False
 
 
 def _regroups(labels: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> bool:

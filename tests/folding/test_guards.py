@@ -1332,9 +1332,14 @@ def sliced_behind(m: Any, x: Tensor) -> Tensor:
     return m.narrow(h.view(c, n, -1)[:, :2]).tanh()
 
 
+def rows_as_examples(m: Any, x: Tensor) -> Tensor:
+    return m.bn(m.conv(x).flatten(1).reshape(x.shape[2], 4, -1, 1)).tanh()
+
+
 @pytest.mark.parametrize(
     ("forward", "norm"),
     [
+        (rows_as_examples, "bn"),
         (axes_joined_in_between, "bn"),
         (channels_split_in_between, "bn"),
         (stacked_anew, "bn"),
@@ -1382,3 +1387,40 @@ def test_flattening_as_many_examples_as_channels_says_itself_what_it_does(judge:
 def test_reshape_of_other_axes_than_as_many_examples_and_channels_is_folded(judge: Judge, net: Any) -> None:
     model = net(lambda m, x: m.bn(m.conv(x).view(len(x), 4, -1)), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm1d(4))
     judge(model, torch.randn(4, 3, 2, 3, dtype=torch.float64), folds={"bn": ["conv"]})
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.fc(m.bn(x.tanh()).transpose(1, 2).flatten(1)),
+        lambda m, x: m.fc(m.bn(x.tanh()).transpose(1, 2).reshape(len(x), -1)),
+    ],
+)
+def test_features_with_axes_on_both_sides_of_the_channels_keep_the_batchnorm(
+    forward: Any, judge: Judge, net: Any
+) -> None:
+    # A linear layer takes them from images of 5 x 2 and of 2 x 5 pixels, and means other channels by each.
+    model = net(forward, bn=nn.BatchNorm2d(3), fc=nn.Linear(30, 4))
+    wide, high = torch.randn(2, 3, 5, 2, dtype=torch.float64), torch.randn(2, 3, 2, 5, dtype=torch.float64)
+    judge(model, wide, kept={"bn": "no-layer"}, others=[(high,)])
+    assert "has the channels and other axes in one" in plan_folding(model, (wide,)).kept[0].reason
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, z: m.bn(m.fc(z).unflatten(1, m.sizes).transpose(1, 2)).tanh(),
+        lambda m, z: m.bn(m.fc(z).view(len(z), *m.sizes).transpose(1, 2)).tanh(),
+    ],
+)
+def test_features_that_become_axes_on_both_sides_of_the_channels_keep_the_batchnorm(
+    forward: Any, judge: Judge, net: Any
+) -> None:
+    model = net(forward, bn=nn.BatchNorm2d(3), fc=nn.Linear(4, 30))
+    model.sizes = (5, 3, 2)
+    judge(model, torch.randn(7, 4, dtype=torch.float64), kept={"bn": "not-transparent"})
+
+
+def test_features_with_axes_on_one_side_of_the_channels_fold(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.fc(m.bn(x).permute(0, 2, 3, 1).flatten(1)), bn=nn.BatchNorm2d(3), fc=nn.Linear(30, 4))
+    judge(model, torch.randn(2, 3, 5, 2, dtype=torch.float64), folds={"bn": ["fc"]})

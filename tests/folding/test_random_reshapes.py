@@ -106,7 +106,7 @@ def tried_and_folded(seed: int, ends: Callable[..., nn.Module | None], paths: in
     """Fold random paths, and compare them on images of other sizes."""
     rng, tried, folded = random.Random(seed), 0, 0
     while tried < paths:
-        few = rng.sample((2, 3, 4, 6), rng.choice((1, 2, 2, 3)))
+        few = rng.sample((2, 3, 4, 6, 8), rng.choice((1, 2, 2, 3)))
         sizes = {axis: rng.choice(few) for axis in "nchw"}
         path = random_path(rng, sizes, ends)
         if path is None:
