@@ -572,16 +572,13 @@ def ambiguous_reshape(
         maps: The map of each value between them.
 
     Returns:
-        The first such call and a reason to put behind its name; None if there is none.
+        Such a call and a reason to put behind its name; None if there is none.
     """
+    call = _on_joined_axis(graph, calls, maps)
+    if call is not None:
+        return call, "has the channels and other axes in one, and where each channel is depends on how long these are"
     reshapes = [call for call in calls if RULES[call.name] is _VIEW]
-    joins = [call for call in reshapes if _joins_channels(maps[call.inputs[0]].labels, *_shapes(graph, call))]
-    last_pick = max((call.index for call in calls if _picks_of_repeated(graph, call, maps)), default=-1)
-    for call in reshapes:
-        is_between = _is_between(maps[call.inputs[0]].labels, maps[call.outputs[0]].labels, *_shapes(graph, call))
-        if is_between or (call in joins and call.index < last_pick):
-            return call, "has the channels and other axes in one, and which is where depends on how long these are"
-    if all(_names_its_axes(call, joins) for call in reshapes):
+    if all("flattened" in call.kwargs or "unflattened" in call.kwargs for call in reshapes):
         return None
     others = [call for call in calls if RULES[call.name] not in _KEEPING_ORDER]
     reorders = any(RULES[call.name] in _REORDERING for call in others)
@@ -589,12 +586,30 @@ def ambiguous_reshape(
     for call in reshapes:
         # Alone, it keeps the order in memory, and what comes out has as many channels as the last module asks for.
         is_alone = not reorders and call.index > last
-        labels = [maps[index].labels for index in (call.inputs[0], call.outputs[0])]
-        if _is_ambiguous(labels, _shapes(graph, call), is_alone):
+        if _is_ambiguous(_labels(call, maps), _shapes(graph, call), is_alone):
             return call, (
                 "might mix the channels with other axes where these are longer or shorter; an example whose axes are "
                 "not as long as each other may show that it does not"
             )
+    return None
+
+
+def _labels(call: Call, maps: Mapping[int, Channels]) -> tuple[Tensor, Tensor]:
+    """The labels of what a reshape reads, and of what it makes."""
+    return maps[call.inputs[0]].labels, maps[call.outputs[0]].labels
+
+
+def _on_joined_axis(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[int, Channels]) -> Call | None:
+    """The first call that takes an axis apart on which channels and others were joined, or joins others around them."""
+    are_joined = False
+    for call in calls:
+        if are_joined and _picks_of_repeated(graph, call, maps):
+            return call
+        if RULES[call.name] is _VIEW:
+            (labels, moved), (before, after) = _labels(call, maps), _shapes(graph, call)
+            if _is_between(labels, moved, before, after) or (are_joined and _joins_channels(moved, after, before)):
+                return call
+            are_joined |= _joins_channels(labels, before, after)
     return None
 
 
@@ -603,12 +618,6 @@ def _is_ambiguous(labels: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...],
     if _regroups(labels[0], *shapes) or any(map(_could_be_swapped_around, labels, shapes)):
         return True
     return not is_alone and any(map(_could_be_another_axis, labels, shapes))
-
-
-def _names_its_axes(call: Call, joins: Sequence[Call]) -> bool:
-    """Whether a reshape says which axes it means; splitting an axis of several kinds of things, it does not."""
-    joined_before = any(join.index < call.index for join in joins)
-    return "flattened" in call.kwargs or ("unflattened" in call.kwargs and not joined_before)
 
 
 def _picks_of_repeated(graph: ValueGraph, call: Call, maps: Mapping[int, Channels]) -> bool:
