@@ -3,10 +3,10 @@
 import hashlib
 import os
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from math import ceil, isclose, prod
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ END = "."
 # Number of examples that are drawn at once for training, 2,048 batches of 32, so that drawing costs a step nothing.
 DRAW = 65_536
 
-# Number of words that are encoded at a time, so that only a few of them take four bytes a letter at once.
-PIECE = 65_536
+# Number of characters that are encoded at a time, so that only a few of them take four bytes at once.
+PIECE = 1 << 20
 
 # Bytes of memory that it takes to build the examples of one byte of a words file, most of them for a moment. Measured
 # with names, which have six letters each.
-MEMORY_PER_BYTE = 30
+MEMORY_PER_BYTE = 20
 
 # Contexts (B, block_size) and the characters that follow them (B,), both int64.
 Batch = tuple[Tensor, Tensor]
@@ -48,8 +48,8 @@ def memory_of_machine() -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def read_words(path: Path) -> list[str]:
-    r"""Read a UTF-8 file with one word per line.
+def read_words(path: Path) -> str:
+    """Read a UTF-8 file with one word per line.
 
     A byte order mark, CRLF, blanks and tabs around a word and empty lines at the end do not matter.
 
@@ -57,7 +57,8 @@ def read_words(path: Path) -> list[str]:
         path: The words file.
 
     Returns:
-        The words in the order of the file, none of them empty.
+        The words in the order of the file, none of them empty, with a newline between two. As strings of their own
+        they would take ten times the memory.
 
     Raises:
         FileNotFoundError: If nothing is there.
@@ -81,27 +82,27 @@ def read_words(path: Path) -> list[str]:
         byte = error.object[error.start]
         raise ValueError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8.") from None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = "\n".join(line.strip(" \t") for line in text.split("\n")).rstrip("\n")
+    if " " in text or "\t" in text:
+        text = "\n".join(line.strip(" \t") for line in text.split("\n"))
+    text = text.rstrip("\n")
     if not text:
         raise ValueError(f"{path}, line 1: expected a word, found an empty file; write one word per line.")
-    words = text.split("\n")
-    if "" in words:
-        raise ValueError(f"{path}, line {words.index('') + 1}: expected a word, found an empty line; remove the line.")
+    if text.startswith("\n") or "\n\n" in text:
+        line = text.split("\n").index("") + 1
+        raise ValueError(f"{path}, line {line}: expected a word, found an empty line; remove the line.")
     if END in text:
         line = text.count("\n", 0, text.index(END)) + 1
-        word = words[line - 1] if len(words[line - 1]) <= 80 else f"{words[line - 1][:80]}..."
+        word = text.split("\n")[line - 1]
+        word = word if len(word) <= 80 else f"{word[:80]}..."
         raise ValueError(f"{path}, line {line}: {word!r} contains {END!r}, which ends a word; remove it.")
-    return words
+    return text
 
 
-def encode_words(words: list[str], stoi: dict[str, int], block_size: int) -> Tensor:
-    """Write words down as one stream of character indices, with `block_size` end marks before, between and after.
-
-    Every window of `block_size + 1` indices whose last one is a letter, or the first end mark after a letter, is then
-    an example: a context and the character that follows.
+def encode_words(text: str, stoi: dict[str, int], block_size: int) -> Tensor:
+    r"""Write words down as one stream of character indices, with `block_size` end marks before, between and after.
 
     Args:
-        words: The words, none of them empty.
+        text: The words, none of them empty, with a newline between two.
         stoi: The index of every character in them.
         block_size: Number of characters of a context.
 
@@ -109,20 +110,20 @@ def encode_words(words: list[str], stoi: dict[str, int], block_size: int) -> Ten
         The stream (M,), uint8 where the alphabet fits, int32 where it does not.
 
     Example:
-        >>> encode_words(["ab", "b"], {".": 0, "a": 1, "b": 2}, block_size=2).tolist()
+        >>> encode_words("ab\nb", {".": 0, "a": 1, "b": 2}, block_size=2).tolist()
         [0, 0, 1, 2, 0, 0, 2, 0, 0]
     """
     lookup = torch.zeros(ord(max(stoi)) + 1, dtype=torch.uint8 if len(stoi) <= 256 else torch.int32)
     lookup[[ord(character) for character in stoi]] = torch.tensor(list(stoi.values()), dtype=lookup.dtype)
     padding = END * block_size
 
-    def encode(text: str) -> Tensor:
+    def encode(piece: str) -> Tensor:
         # UTF-32 gives every character four bytes in native order, after four that say which order it is.
-        codes = torch.frombuffer(bytearray(text, "utf-32"), dtype=torch.int32, offset=4)
+        codes = torch.frombuffer(bytearray(piece.replace("\n", padding), "utf-32"), dtype=torch.int32, offset=4)
         return lookup.index_select(0, codes)  # five times faster than lookup[codes]
 
-    pieces = (words[first : first + PIECE] for first in range(0, len(words), PIECE))
-    return torch.cat([*(encode(padding + padding.join(piece)) for piece in pieces), encode(padding)])
+    pieces = (text[first : first + PIECE] for first in range(0, len(text), PIECE))
+    return torch.cat([encode(padding), *map(encode, pieces), encode(padding)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,21 +139,23 @@ class Examples:
     starts: Tensor
 
     @classmethod
-    def in_stream(cls, stream: Tensor, block_size: int) -> "Examples":
-        """Make the examples of words that are encoded already.
+    def of_words(cls, windows: Tensor, firsts: Tensor, counts: Tensor) -> "Examples":
+        """Make the examples of some words.
 
         Args:
-            stream: What `encode_words` made of them, (M,).
-            block_size: Number of characters of a context.
+            windows: Every window of the stream (M - block_size, block_size + 1).
+            firsts: The first window of each word (W,), an int type that holds their number.
+            counts: How many windows each of them has (W,), likewise: one for each letter, and one for its end.
 
         Returns:
-            The examples, around the memory of the stream.
+            The examples (N,), in the order of the words.
         """
-        letter = stream[block_size - 1 :] != 0  # (M - block_size + 1,)
-        starts = (letter[1:] | letter[:-1]).nonzero().flatten()  # (N,)
-        if len(stream) < 2**31:
-            starts = starts.int()
-        return cls(stream.unfold(0, block_size + 1, 1), starts)
+        ends = counts.cumsum(0)
+        # From one example to the next it is one window, and from the last one of a word a jump to the next word.
+        jumps = firsts.clone()
+        jumps[1:] -= firsts[:-1] + counts[:-1] - 1
+        steps = torch.ones(int(ends[-1]), dtype=firsts.dtype).index_copy_(0, ends - counts, jumps)
+        return cls(windows, torch.cumsum(steps, 0, dtype=steps.dtype, out=steps))
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -410,8 +413,7 @@ class NamesDataModule(LightningDataModule):
 
     @cached_property
     def _text(self) -> str:
-        # As a string of its own, each word would take ten times the memory that it takes in one text.
-        return "\n".join(read_words(self.path))
+        return read_words(self.path)
 
     @cached_property
     def _hash(self) -> str:
@@ -432,19 +434,22 @@ class NamesDataModule(LightningDataModule):
         """Number of characters, `END` included."""
         return len(self.stoi)
 
-    def _split_words(self) -> list[list[str]]:
-        """Return the words for training, validation and test, shuffled."""
-        words = self._text.split("\n")
-        random.Random(self.seed).shuffle(words)
+    def _split_numbers(self) -> dict[str, Tensor]:
+        """Return the numbers of the words (W,) of each split, shuffled as the notebook shuffles the words."""
+        # An array holds them as torch does, and is shuffled faster than a list, whose numbers lie all over the memory.
+        numbers = array("q", range(self._text.count("\n") + 1))
+        random.Random(self.seed).shuffle(numbers)
         train, val, _ = self.fractions
         # The notebook cuts at 0.8 and 0.9. The rounding makes a sum of fractions the number that one would write down.
-        cuts = [0, int(train * len(words)), int(round(train + val, 9) * len(words)), len(words)]
-        return [words[first:last] for first, last in pairwise(cuts)]
+        cuts = [int(train * len(numbers)), int(round(train + val, 9) * len(numbers))]
+        parts = torch.frombuffer(numbers, dtype=torch.int64).tensor_split(cuts)
+        return dict(zip(("train", "val", "test"), parts, strict=True))
 
     @cached_property
     def training_words(self) -> frozenset[str]:
         """The different words that training sees."""
-        return frozenset(self._split_words()[0])
+        words = self._text.split("\n")
+        return frozenset(words[number] for number in self._split_numbers()["train"].tolist())
 
     @cached_property
     def splits(self) -> dict[str, Examples]:
@@ -453,16 +458,22 @@ class NamesDataModule(LightningDataModule):
         Raises:
             ValueError: If there are too few words for every split to have one.
         """
-        split_words = dict(zip(("train", "val", "test"), self._split_words(), strict=True))
-        if not all(split_words.values()):
-            count = sum(map(len, split_words.values()))
+        numbers = self._split_numbers()
+        if not all(map(len, numbers.values())):
+            count = sum(map(len, numbers.values()))
             raise ValueError(
                 f"{self.path}: expected words for every split, got {count} word{'s' * (count > 1)}, of which the "
                 f"fractions {self.fractions} leave one split none; add words or change the fractions."
             )
+        stream = encode_words(self._text, self.stoi, self.block_size)
+        windows, is_letter = stream.unfold(0, self.block_size + 1, 1), stream != 0
+        # A word's first window ends with a letter behind an end mark; between two words are `block_size` end marks.
+        firsts = (is_letter[self.block_size :] > is_letter[self.block_size - 1 : -1]).nonzero().flatten()
+        firsts = firsts.to(torch.int32 if len(stream) < 2**31 else torch.int64)
+        counts = firsts.diff(append=firsts.new_tensor([len(windows)])) - (self.block_size - 1)
         return {
-            name: Examples.in_stream(encode_words(words, self.stoi, self.block_size), self.block_size)
-            for name, words in split_words.items()
+            name: Examples.of_words(windows, firsts.index_select(0, chosen), counts.index_select(0, chosen))
+            for name, chosen in numbers.items()
         }
 
     def prepare_data(self) -> None:

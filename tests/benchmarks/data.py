@@ -1,9 +1,10 @@
 """How long it takes to make examples of words, and how much memory, against the notebook's two loops.
 
-Run it with ``python tests/benchmarks/data.py``. Both begin with the shuffled words of the three splits in memory. The
-words of the larger files are drawn with replacement from the bundled ones. What is held is what the module keeps once
-its splits are built, without the text of the file; the peak is what a process that does nothing else has at most above
-what it had before, on Linux alone.
+Run it with ``python tests/benchmarks/data.py``. Both begin with the words in memory and shuffled: the loops with the
+words of the three splits, ours with the text of the file and the numbers of its words. The words of the larger files
+are drawn with replacement from the bundled ones. What is held is what the module keeps once its splits are built,
+without the text of the file; the peak is what a process that does nothing else has at most above what it had before, on
+Linux alone.
 """
 
 from __future__ import annotations
@@ -47,16 +48,17 @@ def notebook_splits(split_words: list[list[str]], stoi: dict[str, int]) -> Split
 class Shuffled(NamesDataModule):
     """The names, whose words are shuffled once and stay so."""
 
-    split_words: list[list[str]]
+    split_numbers: dict[str, Tensor]
 
-    def _split_words(self) -> list[list[str]]:
-        return self.split_words
+    def _split_numbers(self) -> dict[str, Tensor]:
+        return self.split_numbers
 
 
 def against_the_notebook(path: Path, count: int, spent: list[float]) -> Iterator[Row]:
     """Build the splits of a file in both ways; adds to a list the seconds that ours takes for an example."""
-    data = Shuffled(str(path))
-    data.split_words = NamesDataModule(str(path))._split_words()
+    data, words = Shuffled(str(path)), read_words(path).split("\n")
+    data.split_numbers = NamesDataModule(str(path))._split_numbers()
+    split_words = [[words[number] for number in numbers] for numbers in data.split_numbers.values()]
     stoi = data.stoi
 
     def build() -> None:
@@ -64,13 +66,13 @@ def against_the_notebook(path: Path, count: int, spent: list[float]) -> Iterator
         _ = data.splits
 
     # With the garbage collector on, as in a notebook: the lists of the loops keep it busy.
-    pairs = in_turn([lambda: notebook_splits(data.split_words, stoi), build], count, collecting)
+    pairs = in_turn([lambda: notebook_splits(split_words, stoi), build], count, collecting)
     theirs, ours = medians(pairs)
     examples = sum(map(len, data.splits.values()))
     spent.append(ours / examples)
     measured = f"{1e3 * ours:.1f} ms; the loops {1e3 * theirs:.0f} ms; {count} pairs"
     yield Row(f"splits of {examples:,} examples, times faster than the loops", ">= 80", measured, median_ratio(pairs))
-    expected = notebook_splits(data.split_words, stoi)
+    expected = notebook_splits(split_words, stoi)
     equal = all(
         ours.dtype == theirs.dtype and torch.equal(ours, theirs)
         for examples, pair in zip(data.splits.values(), expected, strict=True)
@@ -110,7 +112,7 @@ def rows() -> Iterator[Row]:
     torch.set_num_threads(1)
     of_an_example: list[float] = []
     yield from against_the_notebook(bundled_words(), PAIRS, of_an_example)
-    words = read_words(bundled_words())
+    words = read_words(bundled_words()).split("\n")
     spent: dict[int, float] = {}
     most: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as root:
