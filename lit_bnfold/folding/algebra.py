@@ -74,6 +74,31 @@ def rounding_gain(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: 
     return torch.maximum(scale, cancelled).clamp(min=1.0)
 
 
+def squares_around(mean: Tensor, var: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
+    """Mean square of what a BatchNorm normalises, and of that once it is scaled.
+
+    Where a layer takes over the scaling of what is added to its output, its output and the rounding error of it are as
+    large as the former, and not as the latter.
+
+    Args:
+        mean: Mean of each channel, (C,).
+        var: Variance of each channel, (C,).
+        weight: Factor of each channel, (C,).
+        eps: What is added to the variance of each channel under the root, (C,).
+
+    Returns:
+        Both, (2, C).
+
+    Example:
+        >>> zero, one = torch.zeros(1), torch.ones(1)
+        >>> squares_around(mean=one, var=one, weight=3 * one, eps=zero)
+        tensor([[2.],
+                [18.]])
+    """
+    square = mean.square() + var
+    return torch.stack([square, square * weight.square() / (var + eps)])
+
+
 def fold_into_outputs(
     weight: Tensor,
     bias: Tensor | None,
@@ -82,8 +107,12 @@ def fold_into_outputs(
     *,
     transposed: bool = False,
     groups: int = 1,
+    residual: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Follow a layer by ``scale * y + shift``: ``W' = scale * W`` over output channels, ``b' = scale * b + shift``.
+
+    Where ``residual * x`` is added to ``W x + b`` first, and will be, the tap that reads the same place as it takes
+    ``residual * (scale - 1)`` besides: ``scale * (W x + r x) = (scale * W + r * (scale - 1)) x + r x``.
 
     Args:
         weight: Weight of the layer, (out, in / groups, ...), or (in, out / groups, ...) if ``transposed``.
@@ -92,6 +121,8 @@ def fold_into_outputs(
         shift: Offset of each output channel, (out,), float64.
         transposed: Whether the weight begins with its input channels.
         groups: Number of groups of channels that do not see each other.
+        residual: How often the input is added to the output; if at all, the kernel has odd sizes, and as many channels
+            come out as go in.
 
     Returns:
         The new weight, of the shape, dtype and memory layout of ``weight``, and the new bias (out,).
@@ -103,7 +134,11 @@ def fold_into_outputs(
     """
     spread = _over_second_axis(scale, weight, groups) if transposed else _over_first_axis(scale, weight)
     folded_bias = shift if bias is None else scale * bias.double() + shift
-    return _times(weight, spread), round_like(folded_bias, weight if bias is None else bias)
+    folded_weight = _times(weight, spread)
+    if residual:
+        taps = _centre_taps(weight)
+        folded_weight[taps] = round_like(scale * weight[taps].double() + residual * (scale - 1.0), weight)
+    return folded_weight, round_like(folded_bias, weight if bias is None else bias)
 
 
 def fold_into_rows(weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -196,11 +231,16 @@ def add_identity(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tens
                 [1., 4.]]), tensor([0., 1.]))
     """
     exact = weight.double().clone()
-    channels = torch.arange(weight.shape[0], device=weight.device)
-    centre = [channels.new_tensor(size // 2) for size in weight.shape[2:]]
-    exact.index_put_((channels, channels % weight.shape[1], *centre), scale, accumulate=True)
+    exact.index_put_(_centre_taps(weight), scale, accumulate=True)
     folded_bias = shift if bias is None else bias.double() + shift
     return round_like(exact, weight), round_like(folded_bias, weight if bias is None else bias)
+
+
+def _centre_taps(weight: Tensor) -> tuple[Tensor, ...]:
+    """Where a weight (C, C / groups, ...) holds what each channel gives to itself at the same place, as an index."""
+    channels = torch.arange(weight.shape[0], device=weight.device)
+    centre = [channels.new_tensor(size // 2) for size in weight.shape[2:]]
+    return (channels, channels % weight.shape[1], *centre)
 
 
 def _over_first_axis(vector: Tensor, weight: Tensor) -> Tensor:

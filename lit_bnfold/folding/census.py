@@ -6,13 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.nn.parameter import is_lazy
 
-from lit_bnfold.folding.algebra import rounding_gain
+from lit_bnfold.folding.algebra import rounding_gain, squares_around
 from lit_bnfold.folding.computed import computed_tensors, is_computing_hook
 from lit_bnfold.folding.graph import BatchNorm, FoldingError, Layer, Obstacle
 from lit_bnfold.folding.kinds import (
@@ -28,6 +29,16 @@ from lit_bnfold.folding.kinds import (
 FOLDABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _TORCHS_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
+
+
+class _Gains(NamedTuple):
+    """How many times larger rounding errors are behind a BatchNorm, and where a layer takes over a residual."""
+
+    largest: float
+    of_residual: float
+
+
+_NO_GAINS = _Gains(1.0, 1.0)
 
 
 class Census:
@@ -113,24 +124,25 @@ class Census:
             for module, kind in self.batchnorm_kinds.items()
         }
         gains = self._gains([module for module, obstacle in obstacles.items() if obstacle is None])
-        obstacles |= {module: _numbers_obstacle(gain) for module, gain in gains.items()}
+        obstacles |= {module: _numbers_obstacle(gain.largest) for module, gain in gains.items()}
         return {
             module: BatchNorm(
                 num_features=self.kinds.num_features(module),
                 channel_axis=self.batchnorm_kinds[module].channel_axis,
                 parameters=tuple(self.tensors[tensor] for tensor in self.owned[module].values()),
-                gain=gains.get(module, 1.0),
+                gain=gains.get(module, _NO_GAINS).largest,
                 obstacle=obstacle,
+                residual_gain=gains.get(module, _NO_GAINS).of_residual,
             )
             for module, obstacle in obstacles.items()
         }
 
-    def _gains(self, modules: Sequence[nn.Module]) -> dict[nn.Module, float]:
+    def _gains(self, modules: Sequence[nn.Module]) -> dict[nn.Module, _Gains]:
         """How much larger rounding errors are behind each BatchNorm; NaN where its numbers are none.
 
         All BatchNorms of a device are looked at in one go, since they are many and small.
         """
-        gains: dict[nn.Module, float] = {}
+        gains: dict[nn.Module, _Gains] = {}
         by_device: dict[torch.device, list[nn.Module]] = defaultdict(list)
         for module in modules:
             by_device[next(iter(self.owned[module].values())).device].append(module)
@@ -139,8 +151,14 @@ class Census:
             columns = torch.stack([torch.cat(several).detach().double() for several in zip(*numbers, strict=True)])
             is_sound = columns.isfinite().all(0) & (columns[1] >= 0)  # of (5, channels of all)
             of_channels = torch.where(is_sound, rounding_gain(*columns), math.nan)
-            of_modules = [gain.max() for gain in of_channels.split([len(mean) for mean, *_ in numbers])]
-            gains.update(zip(together, torch.stack(of_modules).tolist(), strict=True))
+            lengths = [len(mean) for mean, *_ in numbers]
+            largest = torch.stack([gain.max() for gain in of_channels.split(lengths)])
+            mean, var, weight, _, eps = columns
+            owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(columns.device)
+            squares = columns.new_zeros(2, len(lengths)).index_add_(1, owner, squares_around(mean, var, weight, eps))
+            of_residual = (squares[0] / squares[1]).sqrt()
+            found = (_Gains(*both) for both in torch.stack([largest, of_residual], 1).tolist())
+            gains.update(zip(together, found, strict=True))
         return gains
 
     def _common_obstacle(self, module: nn.Module) -> Obstacle | None:

@@ -173,6 +173,8 @@ class BatchNorm:
         parameters: Names of its parameters and buffers.
         gain: How many times larger a rounding error of a layer is behind it.
         eps: What it adds to its variance, as the run has shown; None where its attributes tell.
+        residual_gain: How many times larger rounding errors are where a layer takes over the scaling of what is added
+            to its output.
         obstacle: Why it has to stay whatever the run did; None if nothing is in the way.
     """
 
@@ -182,6 +184,7 @@ class BatchNorm:
     gain: float
     obstacle: Obstacle | None
     eps: float | None = None
+    residual_gain: float = 1.0
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,12 @@ def with_batchnorm(layer: Function, direction: str, numbers: Normalisation, part
 
     def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if direction == "backward":
-            return _normalised(layer(input, *args, **kwargs), numbers, part, channel_axis)
+            normalised = _normalised(layer(input, *args, **kwargs), numbers, part, channel_axis)
+            if not part.residual:
+                return normalised
+            # What will be added to it is the input as it is.
+            scaled = _normalised(input, numbers, replace(part, shift=0.0), channel_axis)
+            return normalised + part.residual * (scaled - input)
         if direction == "forward":
             return layer(_normalised(input, numbers, part, channel_axis), *args, **kwargs)
         # Beside the layer, the whole of it is added, or taken away.

@@ -38,6 +38,8 @@ class Part:
         baked: Whether the layer computes its weight at every call, so that the weight of the moment is made a parameter
             before it takes anything.
         function: Name of the function that the layer calls, if it is a layer by that alone; None if its class tells.
+        residual: How often the layer's own input is added to its output before the BatchNorm. The layer takes over
+            what scaling that would have changed.
 
     Example:
         >>> Part("fc", channels=(0, 1, 0, 1)).channels  # each channel of a BatchNorm(2) counts for two of the layer
@@ -49,6 +51,7 @@ class Part:
     shift: float = 1.0
     baked: bool = False
     function: str | None = None
+    residual: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,10 @@ def _checksum(plan: dict[str, Any]) -> str:
 
 
 def _part_to_dict(part: Part) -> dict[str, Any]:
-    return asdict(part) | {"channels": None if part.channels is None else list(part.channels)}
+    given = asdict(part) | {"channels": None if part.channels is None else list(part.channels)}
+    if not part.residual:
+        del given["residual"]  # Earlier releases, which do not know it, can take the plan then.
+    return given
 
 
 # What a plan looks like as plain data: the types of each field. What has a default can be left out, as plans of older
@@ -237,9 +243,10 @@ _PART: _Schema = {
     "shift": _NUMBER,
     "baked": (bool,),
     "function": (str, type(None)),
+    "residual": _NUMBER,
 }
 _KEPT: _Schema = {"batchnorm": (str,), "reason": (str,), "code": (str,)}
-_DEFAULTS = {"note": None, "eps": None, "baked": False, "function": None}
+_DEFAULTS = {"note": None, "eps": None, "baked": False, "function": None, "residual": 0.0}
 
 
 def _fields(given: Any, schema: _Schema, place: str) -> dict[str, Any]:
@@ -294,8 +301,8 @@ def _part_from_dict(given: Any, place: str) -> Part:
     channels = part["channels"]
     if channels is not None and not all(type(each) is int and -1 <= each <= sys.maxsize for each in channels):
         raise _not_a_plan(f"{place}.channels", "numbers of channels, or -1", channels)
-    shift = _finite(part["shift"], f"{place}.shift")
-    return Part(**part | {"channels": None if channels is None else tuple(channels), "shift": shift})
+    shares = {key: _finite(part[key], f"{place}.{key}") for key in ("shift", "residual")}
+    return Part(**part | {"channels": None if channels is None else tuple(channels)} | shares)
 
 
 def _finite(number: float, place: str) -> float:

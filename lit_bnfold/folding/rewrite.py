@@ -183,10 +183,9 @@ def _check_fit(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
             if layer is None or kind is None:
                 found = "nothing" if layer is None else type(layer).__name__
                 raise FoldingError(f"The plan folds into the layer `{part.layer}`; the model has {found} of that name.")
-            if not _is_possible(fold.direction, kind):
-                raise FoldingError(
-                    f"The plan folds {fold.direction} into `{part.layer}`, which takes it backward alone."
-                )
+            direction = "parallel" if part.residual else fold.direction
+            if not _is_possible(direction, kind):
+                raise FoldingError(f"The plan folds {direction} into `{part.layer}`, which takes it backward alone.")
             side, name = (0, kind.in_channels) if fold.direction == "forward" else (1, kind.out_channels)
             name = name or "channels"
             has, features = kind.channels(layer)[side], kinds.num_features(batchnorm)
@@ -256,7 +255,9 @@ def folded_numbers(
         if direction == "forward":
             shift = shift_before_normalising(scale, shift, layer.running_mean, layer.running_var, layer.eps)
     if direction == "backward":
-        weight, bias = fold_into_outputs(weight, layer.bias, scale, shift, transposed=kind.transposed, groups=groups)
+        weight, bias = fold_into_outputs(
+            weight, layer.bias, scale, shift, transposed=kind.transposed, groups=groups, residual=part.residual
+        )
     elif direction == "forward":
         weight, bias = fold_into_inputs(weight, layer.bias, scale, shift, groups=groups)
     else:

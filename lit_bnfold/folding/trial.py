@@ -192,6 +192,7 @@ def _overflows(fold: Fold, modules: Mapping[str, Any], kinds: Kinds) -> bool:
     numbers = kind.numbers(modules[fold.batchnorm], fold.eps).each(Tensor.detach)
     scale, shift = (float(each.abs().max()) for each in scale_and_shift(*numbers))
     largest = max(float(own.detach().abs().max()) for own in parameters)
+    largest += max(abs(part.residual) for part in fold.parts)
     if fold.direction == "forward":  # The shift is summed up over the inputs of each output.
         shift *= largest * max(own[0].numel() for own in parameters)
     return scale * largest + shift > torch.finfo(torch.float16).max

@@ -868,7 +868,7 @@ def test_a_thousandth_changes_no_weight_in_bfloat16_and_a_hundredth_is_a_mismatc
 
 
 class AllDirections(Tiny):
-    """One BatchNorm before its layer, one beside its layer, one behind it; two have a forward of their own."""
+    """One BatchNorm before its layer, one beside it, two behind it, of which one is over the sum with its input."""
 
     class Rectifying(nn.BatchNorm1d):
         def forward(self, input: Tensor) -> Tensor:
@@ -882,18 +882,20 @@ class AllDirections(Tiny):
         super().__init__()
         self.before, self.beside, self.behind = nn.BatchNorm1d(4), self.Passing(4), self.Rectifying(4)
         self.first, self.second, self.net = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.around, self.over = nn.Linear(4, 4), nn.BatchNorm1d(4)
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = self.behind(self.first(self.before(inputs)))
+        hidden = self.over(self.around(hidden) + hidden).relu()
         return self.net((self.second(hidden) + self.beside(hidden)).tanh())
 
 
 def test_folds_in_every_direction_are_proven(tmp_path: Path, randomised: Randomised) -> None:
     folding = BatchNormFolding()
     fit(tmp_path, randomised(AllDirections()), folding)
-    errors = {fold["direction"]: fold["max_rel_error"] for fold in folding.report["folds"]}
-    assert errors.keys() == {"forward", "backward", "parallel"}
-    assert all(0.0 <= error < 1e-6 for error in errors.values())
+    directions = {fold["batchnorm"]: fold["direction"] for fold in folding.report["folds"]}
+    assert directions == {"before": "forward", "behind": "backward", "over": "backward", "beside": "parallel"}
+    assert all(0.0 <= fold["max_rel_error"] < 1e-6 for fold in folding.report["folds"])
     assert folding.report["mismatch"] is None
     module = load_folded(AllDirections, tmp_path / "folded.ckpt")
     inputs = torch.randn(7, 4)

@@ -119,6 +119,31 @@ def test_identity_is_added_to_the_tap_in_the_middle(size: int, groups: int) -> N
     torch.testing.assert_close(convolve(*add_identity(weight, None, scale, shift)), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("residual", [1.0, -2.0])
+def test_scaling_of_an_input_that_is_added_goes_to_the_tap_in_the_middle(
+    residual: float, groups: int, dtype: torch.dtype
+) -> None:
+    weight, bias = torch.randn(6, 6 // groups, 3).to(dtype), torch.randn(6).to(dtype)
+    scale, shift = torch.randn(2, 6).double()
+    folded, _ = fold_into_outputs(weight, bias, scale, shift, groups=groups, residual=residual)
+    exact = scale[:, None, None] * weight.double()
+    for channel in range(6):
+        exact[channel, channel % (6 // groups), 1] += residual * (scale[channel] - 1.0)
+    assert folded.dtype == dtype
+    assert torch.equal(folded, exact.to(dtype))  # rounded once
+
+
+def test_input_that_is_added_is_scaled_with_the_output() -> None:
+    x, weight, bias = torch.randn(2, 6, 8).double(), torch.randn(6, 6, 5).double(), torch.randn(6).double()
+    scale, shift = torch.randn(2, 6).double()
+    convolve = functools.partial(torch.nn.functional.conv1d, x, padding=2)
+    expected = scale[:, None] * (convolve(weight, bias) - 3.0 * x) + shift[:, None]
+    found = convolve(*fold_into_outputs(weight, bias, scale, shift, residual=-3.0)) - 3.0 * x
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_a_weight_that_overlaps_itself_gets_memory_of_its_own() -> None:
     weight, (scale, shift) = torch.randn(1, 3).expand(5, 3), torch.randn(2, 5).double()
     folded, _ = fold_into_outputs(weight, None, scale, shift)

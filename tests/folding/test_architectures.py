@@ -134,6 +134,18 @@ class IdentityFirst(RepVGG):
         return F.relu(self.identity(x) + self.dense(x) + self.point(x))
 
 
+class RepViT(nn.Module):
+    """Wang et al., 2024: two depthwise convolutions and their input, with a BatchNorm over the sum."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.dense, self.point = conv(c, c, 3, groups=c)[:2], nn.Conv2d(c, c, 1, groups=c)
+        self.norm = nn.BatchNorm2d(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.norm(self.dense(x) + self.point(x) + x))
+
+
 class UNet(nn.Module):
     """Ronneberger et al., 2015, with grouped transposed convolutions on the way up."""
 
@@ -216,6 +228,8 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[st
     "Inception": (lambda: Inception(4), IMAGE, {"backward": 5}, 0),
     "RepVGG": (lambda: nn.Sequential(RepVGG(4), RepVGG(4, 2)), IMAGE, {"backward": 4, "parallel": 2}, 0),
     "RepVGG, identity first": (lambda: IdentityFirst(4), IMAGE, {"backward": 2, "parallel": 1}, 0),
+    # That of the convolution, and the one over the sum into both and the centre tap of one of them.
+    "RepViT": (lambda: nn.Sequential(RepViT(4), RepViT(4)), IMAGE, {"backward": 4}, 0),
     "U-Net": (UNet, (2, 3, 8, 8), {"backward": 4}, 0),
     "PointNet": (
         lambda: nn.Sequential(

@@ -28,15 +28,17 @@ class Network(nn.Module):
         self.computed, self.of_computed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), norm()
         self.first, self.second = norm(), nn.BatchNorm1d(6, affine=False)
         self.words, self.of_words = nn.Embedding(5, 6), norm()
+        self.around, self.over = nn.Linear(6, 6), norm()
 
     def forward(self, inputs: Tensor, words: Tensor) -> Tensor:
         hidden = self.last(self.behind(self.chained(self.ahead(self.before(inputs).tanh()))))
         hidden = self.wide(hidden) + self.beside(hidden)
+        hidden = self.over(self.around(hidden) + hidden).tanh()
         hidden = self.second(self.first(self.of_computed(self.computed(hidden)).relu()))
         return hidden * self.of_words(self.words(words))
 
 
-LAYERS = {"chained", "wide", "computed", "second", "words"}
+LAYERS = {"chained", "wide", "computed", "second", "words", "around"}
 
 
 def norm() -> nn.BatchNorm1d:

@@ -7,7 +7,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict
 from typing import Any
 
 import pytest
@@ -266,9 +266,9 @@ def test_sum_of_two_layers_takes_the_scale_twice_and_the_shift_once(judge: Judge
         assert [part.shift for part in plan.folds[0].parts] == [1.0, 0.0]
 
 
-def test_sum_of_a_layer_and_its_input_is_kept(judge: Judge, net: Any) -> None:
+def test_sum_of_a_layer_and_its_input_goes_into_the_layer(judge: Judge, net: Any) -> None:
     model = net(lambda m, x: m.bn(m.fc(x) + x), fc=nn.Linear(3, 3), bn=nn.BatchNorm1d(3))
-    judge(model, X, kept={"bn": "other-reader"})
+    judge(model, X, folds={"bn": ["fc"]})
 
 
 def test_sum_of_a_layer_with_itself_is_kept(judge: Judge, net: Any) -> None:
@@ -526,6 +526,11 @@ def test_columns_of_the_table_are_as_wide_as_the_longest_name() -> None:
     assert str(plan) == "b        folded backward into x, y; it costs\nlongest  kept: because"
 
 
+def test_plan_without_residuals_is_one_that_earlier_releases_know() -> None:
+    plan = FoldingPlan((Fold("bn", (Part("fc"),)),)).to_dict()
+    assert plan["folds"][0]["parts"][0].keys() == {"layer", "channels", "shift", "baked", "function"}
+
+
 def test_part_of_an_older_plan_is_neither_baked_nor_a_function() -> None:
     plan = FoldingPlan((Fold("bn", (Part("fc", (0, 1)),)),)).to_dict() | {"version": 1}
     fold = plan["folds"][0]
@@ -536,7 +541,7 @@ def test_part_of_an_older_plan_is_neither_baked_nor_a_function() -> None:
 
 @pytest.mark.parametrize("direction", ["backward", "forward", "parallel"])
 def test_everything_in_a_plan_comes_back_with_its_type(direction: str) -> None:
-    part = Part("fc", (0, -1), shift=0.5, baked=True, function="linear")
+    part = Part("fc", (0, -1), shift=0.5, baked=True, function="linear", residual=-1.0)
     whole = FoldingPlan((Fold("bn", (part,), direction, "it costs", 0.0),), (Kept("b", "because", "code"),))
     again = FoldingPlan.from_dict(whole.to_dict())
     assert again == whole
@@ -547,7 +552,7 @@ def test_everything_in_a_plan_comes_back_with_its_type(direction: str) -> None:
         "folds": [
             {
                 "batchnorm": "bn",
-                "parts": [{"layer": "fc", "channels": [0, -1], "shift": 0.5, "baked": True, "function": "linear"}],
+                "parts": [asdict(part) | {"channels": [0, -1]}],
                 "direction": direction,
                 "note": "it costs",
                 "eps": 0.0,
@@ -569,6 +574,7 @@ def test_everything_in_a_plan_comes_back_with_its_type(direction: str) -> None:
         ("backward", {"baked": True}),
         ("backward", {"function": "linear"}),
         ("backward", {"layer": "fc2"}),
+        ("backward", {"residual": 1.0}),
     ],
 )
 def test_plan_that_was_changed_after_it_was_made_is_refused(direction: str, part: dict[str, Any]) -> None:

@@ -21,7 +21,8 @@ Step = tuple[str, int, int, int]
 KINDS = (
     "conv", "conv", "norm", "norm", "norm", "norm", "same_norm", "same_conv", "transposed", "relu", "relu_",
     "silu_norm", "computed_conv",
-    "add", "add_", "cat", "half", "pool", "upsample", "reflect", "mean", "permute", "linear", "identity_branch", "keep",
+    "add", "add_", "cat", "half", "pool", "upsample", "reflect", "mean", "permute", "linear", "identity_branch",
+    "residual", "keep",
 )  # fmt: skip
 
 
@@ -33,6 +34,19 @@ IDENTITY_BRANCHES: tuple[Callable[..., Tensor], ...] = (
     lambda conv, norm, x: (norm(x) - conv(x)).neg(),
     lambda conv, norm, x: norm(x).sub_(conv(x)),
     lambda conv, norm, x: sum([norm(x), x, conv(x)]),
+)
+
+
+RESIDUALS: tuple[Callable[..., Tensor], ...] = (
+    lambda conv, point, norm, x: norm(conv(x) + x),
+    lambda conv, point, norm, x: norm(x - conv(x)),
+    lambda conv, point, norm, x: norm(conv(x) - x),
+    lambda conv, point, norm, x: norm(point(x) + conv(x) + x),
+    lambda conv, point, norm, x: norm(x - (point(x) - conv(x))),
+    lambda conv, point, norm, x: norm(sum([conv(x), x, point(x), x])),
+    lambda conv, point, norm, x: norm(conv(x) + point(x.cos())),
+    lambda conv, point, norm, x: norm((h := point(x)) + conv(h)),
+    lambda conv, point, norm, x: norm(norm(conv(x) + x) + x),
 )
 
 
@@ -73,6 +87,9 @@ class Program(nn.Module):
         if kind == "identity_branch":
             conv = nn.Conv2d(CHANNELS, CHANNELS, size, 1, size // 2, groups=groups, bias=bias)
             return nn.ModuleList([conv, nn.BatchNorm2d(CHANNELS)])
+        if kind == "residual":
+            conv = nn.Conv2d(CHANNELS, CHANNELS, size, 1, size // 2, groups=groups, bias=bias, padding_mode=mode)
+            return nn.ModuleList([conv, nn.Conv2d(CHANNELS, CHANNELS, 1), nn.BatchNorm2d(CHANNELS)])
         if kind == "computed_conv":
             conv = nn.Conv2d(CHANNELS, CHANNELS, size, 1, size // 2, bias=bias, padding_mode=mode)
             return nn.utils.parametrizations.weight_norm(conv) if detail % 2 else nn.utils.spectral_norm(conv)
@@ -116,6 +133,8 @@ class Program(nn.Module):
                 x = part(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             elif kind == "identity_branch":
                 x = IDENTITY_BRANCHES[detail % len(IDENTITY_BRANCHES)](*part, x)
+            elif kind == "residual":
+                x = RESIDUALS[detail % len(RESIDUALS)](*part, x)
             elif kind == "keep":
                 kept.append(x)
             images.append(x)

@@ -183,6 +183,21 @@ class Writer:
         for _ in range(self.pick([1, 1, 1, 2])):
             self.batchnorm()
 
+    def residual(self) -> None:
+        """A layer whose own input is added to its output, and a BatchNorm."""
+        v = self.value(lambda shape: len(shape) == 2 and shape[1] > 0)
+        if v is None:
+            return
+        size = self.shapes[v][1]
+        name, _ = self.module(
+            lambda m: isinstance(m, (nn.Linear, Nameless)) and m.in_features == m.out_features == size,
+            lambda: self.layer(size, size),
+        )
+        self.step("call", (name, v), self.shapes[v])
+        summands = self.pick([(len(self.shapes) - 1, v), (v, len(self.shapes) - 1)])
+        self.step("add", (*summands, self.pick([1, 1, -1, 2])), self.shapes[v])
+        self.batchnorm(len(self.shapes) - 1)
+
     def batchnorm(self, v: int | None = None) -> None:
         v = self.value(lambda shape: len(shape) in (2, 3) and shape[1] > 0) if v is None else v
         if v is None or len(self.shapes[v]) not in (2, 3) or self.shapes[v][1] < 0:
@@ -277,7 +292,7 @@ class Writer:
     def program(self) -> Program:
         some = [self.linear, self.batchnorm, self.elementwise, self.add, self.cat, self.pieces, self.reshape]
         for _ in range(self.draw(st.integers(1, 6))):
-            self.pick([*[self.block] * 6, *some, self.permute, self.mean])()
+            self.pick([*[self.block] * 6, self.residual, *some, self.permute, self.mean])()
             if self.draw(st.integers(0, 9)) == 9:
                 self.pick([self.write, self.write, self.branch, self.keep])()
         returned = [len(self.shapes) - 1]

@@ -365,6 +365,174 @@ def test_batchnorm_beside_a_layer_does_not_mind_another_summand_that_stays(judge
     judge(model, IMAGES, folds={"id": ["conv"]}, kept={"other": "no-layer"})
 
 
+# Around a layer.
+
+
+class Around(nn.Module):
+    """Layers, and a BatchNorm over what a test adds up."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.conv, self.point = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.Conv2d(3, 3, 1, groups=3)
+        self.inner, self.bn = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize(
+    ("function", "layers", "residual"),
+    [
+        (lambda m, x: m.bn(m.conv(x) + x).tanh(), ["conv"], 1.0),
+        (lambda m, x: m.bn(x + m.conv(x)).tanh(), ["conv"], 1.0),
+        (lambda m, x: m.bn(m.conv(x) - x).tanh(), ["conv"], -1.0),
+        (lambda m, x: m.bn(x - m.conv(x)).tanh(), ["conv"], -1.0),
+        (lambda m, x: m.bn((m.conv(x) - x) - x).tanh(), ["conv"], -2.0),
+        (lambda m, x: m.bn((x - m.conv(x)) - x).tanh(), ["conv"], 0.0),
+        (lambda m, x: m.bn(x + m.conv(x) + m.point(x)).tanh(), ["conv", "point"], 1.0),
+        (lambda m, x: m.bn(x - (m.conv(x) - m.point(x))).tanh(), ["conv", "point"], -1.0),
+        # Whoever else sees the input sees what it was.
+        (lambda m, x: (m.bn(m.conv(x) + x), x), ["conv"], 1.0),
+        (lambda m, x: m.bn(m.conv(h := x.relu()) + h) * h.exp(), ["conv"], 1.0),
+    ],
+)
+def test_layer_takes_over_the_scaling_of_its_input_that_is_added(
+    function: Any, layers: list[str], residual: float, judge: Judge
+) -> None:
+    model = Around(function)
+    del model.inner
+    plan = judge(model, IMAGES, folds={"bn": layers})
+    assert plan.folds[0].parts[0].residual == residual
+    assert FoldingPlan.from_dict(plan.to_dict()) == plan
+
+
+def test_layer_with_a_batchnorm_of_its_own_takes_over_the_scaling_of_its_input(judge: Judge) -> None:
+    model = Around(lambda m, x: m.bn(m.inner(m.conv(x)) + x).tanh())
+    judge(model, IMAGES, folds={"inner": ["conv"], "bn": ["conv"]})
+
+
+def test_input_that_another_layer_made_is_added_as_it_is(judge: Judge) -> None:
+    model = Around(lambda m, x: m.bn((h := m.point(x)) + m.conv(h)).tanh())
+    del model.inner
+    judge(model, IMAGES, folds={"bn": ["conv"]})
+
+
+def test_long_sum_of_nothing_but_inputs_and_layers_folds(judge: Judge, net: Any) -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        for _ in range(1200):
+            h = h + x
+        return m.bn(h).tanh()
+
+    model = net(function, fc=nn.Linear(4, 4), bn=nn.BatchNorm1d(4))
+    plan = judge(model, torch.randn(5, 4, dtype=torch.float64), folds={"bn": ["fc"]})
+    assert plan.folds[0].parts[0].residual == 1200.0
+
+
+def written_in_between(m: Any, x: Tensor) -> Tensor:
+    h = x.relu()
+    y = m.conv(h)
+    h.mul_(2)
+    return m.bn(y + h).tanh()
+
+
+def written_through_a_view_in_between(m: Any, x: Tensor) -> Tensor:
+    h = x.relu()
+    y = m.conv(h)
+    h.view(-1).mul_(2)
+    return m.bn(y + h).tanh()
+
+
+def added_in_place(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    y += x
+    return m.bn(y).tanh()
+
+
+def sum_is_returned(m: Any, x: Tensor) -> Any:
+    y = m.conv(x) + x
+    return m.bn(y).tanh(), y
+
+
+def inner_sum_is_read(m: Any, x: Tensor) -> Any:
+    y = m.conv(x) + x
+    return m.bn(y + x) * y.exp()
+
+
+def output_is_read(m: Any, x: Tensor) -> Any:
+    y = m.conv(x)
+    return m.bn(y + x) * y.exp()
+
+
+@pytest.mark.parametrize(
+    ("function", "code"),
+    [
+        (written_in_between, "no-layer"),
+        (written_through_a_view_in_between, "other-reader"),
+        (added_in_place, "no-layer"),
+        (sum_is_returned, "other-reader"),
+        (inner_sum_is_read, "other-reader"),
+        (output_is_read, "other-reader"),
+        (lambda m, x: m.bn(m.conv(x) + x.tanh()), "no-layer"),
+        (lambda m, x: m.bn(m.conv(x) + x[:1]), "not-transparent"),
+        (lambda m, x: m.bn(torch.add(m.conv(x), x, alpha=2)), "other-reader"),
+        (lambda m, x: m.bn(m.conv(x) + 2 * x), "no-layer"),
+        (lambda m, x: m.bn(m.conv(x) * x), "no-layer"),
+        (lambda m, x: m.bn(m.conv(x) + x) * m.conv(x.cos()), "other-reader"),
+        (lambda m, x: m.bn(m.conv(x) + x) * m.bn(x + m.conv(x)), "other-reader"),
+        (lambda m, x: m.bn(x + x), "not-transparent"),
+    ],
+)
+def test_batchnorm_over_a_sum_with_an_input_is_kept(function: Any, code: str, judge: Judge) -> None:
+    model = Around(function)
+    del model.inner
+    judge(model, IMAGES, kept={"bn": code})
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.ConvTranspose2d(3, 3, 3, padding=1),
+        nn.Conv2d(3, 3, (3, 1), padding=(2, 0), dilation=(2, 1), stride=(1, 1)),
+        nn.Conv2d(3, 3, 2, padding=1, dilation=2),
+    ],
+    ids=str,
+)
+def test_taps_on_the_same_place_take_over_and_no_others(layer: nn.Module, judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.layer(x) + x), layer=layer, bn=nn.BatchNorm2d(3))
+    if layer.kernel_size == (3, 1):
+        judge(model, IMAGES, folds={"bn": ["layer"]})
+    else:
+        judge(model, IMAGES, kept={"bn": "other-reader"})
+
+
+def test_layer_whose_channels_lie_on_another_axis_takes_over_nothing(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x) + x), fc=nn.Linear(4, 4), bn=nn.BatchNorm1d(4))
+    x = torch.randn(5, 4, 4, dtype=torch.float64)
+    judge(model, x, kept={"bn": "other-reader"}, others=[(x[:1],), (x.cos(),)])
+
+
+def test_layer_that_rounds_its_input_first_takes_over_nothing(net: Any) -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = m.fc(x)
+        return m.bn(y + x)
+
+    model = net(function, fc=nn.Linear(3, 3), bn=nn.BatchNorm1d(3))
+    assert kept(model, X.float())[0] == "other-reader"
+
+
+def test_residual_that_would_drown_in_rounding_errors_keeps_the_batchnorm() -> None:
+    model = Around(lambda m, x: m.bn(m.conv(x) + x).tanh()).double().eval()
+    for var, code in ((63.0, None), (65.0, "rounding")):
+        model.bn.running_var.fill_(var)
+        kept = {each.batchnorm: each.code for each in plan_folding(model, (IMAGES,)).kept}
+        assert kept.get("bn") == code
+    [reason] = [each.reason for each in plan_folding(model, (IMAGES,)).kept if each.batchnorm == "bn"]
+    assert reason == "what is added before it would be rounded 8.1 times more coarsely"
+
+
 def test_single_pixel_with_its_channels_last_is_laid_out_as_larger_images_are(agree: Any, randomised: Any) -> None:
     """Of a single pixel torch cannot tell where its channels lie, and a BatchNorm puts them first."""
     layers = nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
