@@ -588,7 +588,7 @@ class _Residual(_Search):
                 self._check_hidden(value)
                 inner = [_Term(self.graph.values[index], sign * _sign(maker, index), maker) for index in maker.inputs]
                 pending.extend(reversed(inner))
-            elif self._is_passed(maker):
+            elif self._is_passed(maker) or _is_sum_with_nothing(maker):
                 self._check_hidden(value)
                 pending.append(_Term(self.graph.values[maker.inputs[0]], sign, maker))
             else:

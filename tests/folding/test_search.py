@@ -392,6 +392,8 @@ class Around(nn.Module):
         (lambda m, x: m.bn((x - m.conv(x)) - x).tanh(), ["conv"], 0.0),
         (lambda m, x: m.bn(x + m.conv(x) + m.point(x)).tanh(), ["conv", "point"], 1.0),
         (lambda m, x: m.bn(x - (m.conv(x) - m.point(x))).tanh(), ["conv", "point"], -1.0),
+        (lambda m, x: m.bn(sum([m.conv(x), x])).tanh(), ["conv"], 1.0),
+        (lambda m, x: m.bn(sum([x, m.conv(x)])).tanh(), ["conv"], 1.0),
         # Whoever else sees the input sees what it was.
         (lambda m, x: (m.bn(m.conv(x) + x), x), ["conv"], 1.0),
         (lambda m, x: m.bn(m.conv(h := x.relu()) + h) * h.exp(), ["conv"], 1.0),
