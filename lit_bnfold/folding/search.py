@@ -416,8 +416,9 @@ class _Backward(_Search):
             except (NotTransparent, KeyError):
                 raise self._seen_by(value, call) from None
         for index, output in zip(call.outputs, outputs, strict=True):
-            asked = self.maps.get(index)
-            if output.touches and (asked is None or not asked.same_as(output)):
+            asked, made = self.maps.get(index), self.graph.values[index]
+            is_seen = made.users or made.fate is not None  # of a split, not every part needs to be
+            if is_seen and output.touches and (asked is None or not asked.same_as(output)):
                 raise self._seen_by(value, call)
 
     def _part_of_call(self, name: str, layer: Layer, call: Call) -> Part:

@@ -312,6 +312,40 @@ def test_part_of_a_concatenation_that_no_layer_made_does_not_matter_if_it_is_not
     judge(net(lambda m, x: m.bn(torch.cat([m.fc(x), x], 1)[:, :4])), X, folds={"bn": ["fc"]})
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda h: h.split([2, len(h) - 2])[1],
+        lambda h: h.unsqueeze(1).expand(-1, 2, -1).unbind(1)[1],
+    ],
+)
+def test_parts_that_nobody_reads_do_not_matter(part: Any, judge: Judge, net: Any) -> None:
+    others = [(torch.randn(n, 3, dtype=torch.float64),) for n in (3, 7)]
+    judge(net(lambda m, x: m.bn(part(m.fc(x))).tanh()), X, folds={"bn": ["fc"]}, others=others)
+
+
+@pytest.mark.parametrize(
+    ("use", "code"),
+    [
+        (lambda part: part, "kept-alive"),
+        (lambda part: part.exp(), "channel-axis"),
+        (lambda part: part.mul_(2).sum(), "written"),
+    ],
+)
+def test_parts_that_somebody_reads_matter(use: Any, code: str, judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        first, second = m.fc(x).split([2, len(x) - 2])
+        return m.bn(second).tanh(), use(first)
+
+    others = [(torch.randn(n, 3, dtype=torch.float64),) for n in (3, 7)]
+    judge(net(forward), X, kept={"bn": code}, others=others)
+
+
+def test_average_that_is_returned_matters(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: (m.bn(h := m.fc(x)).tanh(), h.mean(0)))
+    judge(model, X, kept={"bn": "other-reader"})
+
+
 def test_chunks_normalised_by_one_batchnorm_are_folded(judge: Judge, net: Any) -> None:
     model = net(
         lambda m, x: torch.stack([m.bn(part) for part in m.fc(x).chunk(2, 1)]), fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(2)
