@@ -73,11 +73,10 @@ class Program(nn.Module):
     def do_write(self, values: list[Tensor], function: str, v: int) -> list[Tensor]:
         x = values[v]
         functions: dict[str, Callable[[], Any]] = {
-            "relu_": x.relu_, "add_": lambda: x.add_(1), "zero_part_": lambda: x.view(-1)[:2].zero_(),
+            "relu_": x.relu_, "add_": lambda: x.add_(1), "zero_part_": lambda: x.narrow(0, 0, 1).zero_(),
             "set_first_": lambda: x.__setitem__((..., 0), 1.0),
         }  # fmt: skip
-        if x.is_contiguous():
-            functions[function]()
+        functions[function]()
         return []
 
     def do_add(self, values: list[Tensor], a: int, b: int, factor: float) -> list[Tensor]:
@@ -325,6 +324,8 @@ def examine(
 ) -> FoldingPlan:
     """Fold a program, and compare it with itself in every way."""
     torch.manual_seed(len(program.steps))
+    for parameter in program.parameters():
+        nn.init.normal_(parameter)  # Those of the drawing depend on what was drawn before.
     model = randomise(program.double()).eval()
     inputs = [torch.randn(size, *shape[1:], dtype=torch.float64) for size in (example_size, 5, 2, 1)]
     plan = plan_folding(model, (inputs[0],))
