@@ -414,6 +414,14 @@ def test_layer_with_a_batchnorm_of_its_own_takes_over_the_scaling_of_its_input(j
     judge(model, IMAGES, folds={"inner": ["conv"], "bn": ["conv"]})
 
 
+def test_inner_batchnorm_whose_output_is_returned_keeps_the_one_around(judge: Judge) -> None:
+    def function(m: Any, x: Tensor) -> Any:
+        y = m.inner(m.conv(x))
+        return m.bn(y + x).tanh(), y
+
+    judge(Around(function), IMAGES, folds={"inner": ["conv"]}, kept={"bn": "other-reader"})
+
+
 def test_input_that_another_layer_made_is_added_as_it_is(judge: Judge) -> None:
     model = Around(lambda m, x: m.bn((h := m.point(x)) + m.conv(h)).tanh())
     del model.inner
