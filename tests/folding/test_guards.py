@@ -1433,6 +1433,24 @@ def test_features_that_become_axes_on_both_sides_of_the_channels_keep_the_batchn
     judge(model, torch.randn(7, 4, dtype=torch.float64), kept={"bn": "not-transparent"})
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.fc(m.bn(x).flatten(1)[:, :8]),
+        lambda m, x: m.fc(m.bn(x).reshape(len(x), -1)[:, :8]),
+        lambda m, x: m.fc(m.bn(x).flatten(1).split(8, 1)[0]),
+    ],
+)
+def test_slice_of_an_axis_that_channels_share_with_pixels_keeps_the_batchnorm(
+    forward: Any, judge: Judge, net: Any
+) -> None:
+    # Of images of four pixels it holds two channels, and of larger ones a part of the first.
+    model = net(forward, bn=nn.BatchNorm2d(3), fc=nn.Linear(8, 4))
+    small, large = torch.randn(5, 3, 2, 2, dtype=torch.float64), torch.randn(5, 3, 4, 3, dtype=torch.float64)
+    plan = judge(model, small, kept={"bn": "no-layer"}, others=[(large,)])
+    assert "has the channels and other axes in one" in plan.kept[0].reason
+
+
 def test_features_with_axes_on_one_side_of_the_channels_fold(judge: Judge, net: Any) -> None:
     model = net(lambda m, x: m.fc(m.bn(x).permute(0, 2, 3, 1).flatten(1)), bn=nn.BatchNorm2d(3), fc=nn.Linear(30, 4))
     judge(model, torch.randn(2, 3, 5, 2, dtype=torch.float64), folds={"bn": ["fc"]})
