@@ -2,6 +2,12 @@
 
 Run it with ``python tests/benchmarks/folding.py``; it prints its table with hardware, versions and the number of runs.
 Only ratios of interleaved pairs are worth comparing between machines.
+
+Where the time goes, of 125 ms for a ResNet-50 on two images of 32 x 32 pixels: one call of the model 28 ms, recording
+it 18, watching the second run 13, three copies of the structure 13, facts about the modules 7, and new weights in
+float64, into memory that has to be mapped first, 28. ``fuse`` runs nothing, and so proves nothing; what it takes
+depends on whether its memory is mapped already. Copying and recording were made a third cheaper, and the second run
+computes no layer whose output there was room to keep; what is left above ``fuse`` are the two runs.
 """
 
 from __future__ import annotations
