@@ -92,7 +92,7 @@ def squares_around(mean: Tensor, var: Tensor, weight: Tensor, eps: Tensor) -> Te
     Example:
         >>> zero, one = torch.zeros(1), torch.ones(1)
         >>> squares_around(mean=one, var=one, weight=3 * one, eps=zero)
-        tensor([[2.],
+        tensor([[ 2.],
                 [18.]])
     """
     square = mean.square() + var
