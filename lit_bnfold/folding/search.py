@@ -130,6 +130,14 @@ class _StaysError(Exception):
         self.obstacle: Obstacle = (code, reason)
 
 
+class _Term(NamedTuple):
+    """One of several values that are added: with its sign, and the call that adds it."""
+
+    value: Value
+    sign: float
+    reader: Call
+
+
 class _Search:
     """What the searches have in common.
 
@@ -338,6 +346,31 @@ class _Search:
             and layer.has_centre_tap(call)
         )
 
+    def _terms(self, term: _Term, *, in_place: bool) -> Iterator[_Term]:
+        """What a term is the sum of, where nobody else can see the sum, from the left; itself, where it is none.
+
+        A sum that is written into its first term counts if ``in_place``.
+        """
+        pending = [term]
+        while pending:
+            term = pending.pop()
+            maker = self.graph.maker(term.value) if self._is_alone(term) else None
+            if maker is None:
+                yield term
+            elif _is_sum(self.graph, maker) and (in_place or not _writes(maker)):
+                for index in reversed(maker.inputs):
+                    pending.append(_Term(self.graph.values[index], term.sign * _sign(maker, index), maker))
+            elif self._is_passed(maker) or _is_sum_with_nothing(maker):
+                pending.append(_Term(self.graph.values[maker.inputs[0]], term.sign, maker))
+            else:
+                yield term
+
+    def _is_alone(self, term: _Term) -> bool:
+        """Whether nobody but the sum sees a term."""
+        value = term.value
+        is_read_once = value.users == [term.reader.index]
+        return is_read_once and value.fate is None and value.storage not in self.graph.aliased
+
     def _seen_by(self, value: Value, call: Call) -> _StaysError:
         return _StaysError("other-reader", f"{self._named(value)} is also read by {self.graph.where(call)}")
 
@@ -487,7 +520,6 @@ class _Parallel(_Search):
     """Into a layer of the same input whose output it is added to, as in RepVGG; its own output is then nothing."""
 
     direction = "parallel"
-    meets_batchnorm = False
 
     def _walk(self) -> None:
         if len(self.calls) > 1:
@@ -500,12 +532,7 @@ class _Parallel(_Search):
         if _writes(reader) and reader.inputs[0] == output.index:
             raise _StaysError("written", f"its output is written in place by {self.graph.where(reader)}")
         other = next(index for index in reader.inputs if index != value.index)
-        found = self._addend(self.graph.values[other], reader)
-        if found is None and self.meets_batchnorm:
-            raise _StaysError("before-batchnorm", "it is added to what another BatchNorm gave, which stays")
-        if found is None:
-            raise _StaysError("no-layer", "it is not added to the output of a layer of the same input")
-        layer, sign = found
+        layer, sign = self._addend(_Term(self.graph.values[other], _sign(reader, other), reader))
         self._sign = sign * _sign(reader, value.index)
         self._check_unwritten_between(self.graph.values[layer.inputs[0]], (layer, self.calls[0]))
         assert layer.owner is not None
@@ -521,37 +548,26 @@ class _Parallel(_Search):
             raise self._seen_by(value, readers[-1]) if readers else _StaysError("no-layer", "nothing reads its output")
         return readers[0]
 
-    def _addend(self, value: Value, reader: Call) -> tuple[Call, float] | None:
-        """The layer's call that made a value, alone or as one of several summands, if it could take the BatchNorm.
+    def _addend(self, term: _Term) -> tuple[Call, float]:
+        """The call of a layer that made what it is added to, or a summand of that, if it could take the BatchNorm.
 
-        With it comes the sign with which it goes into the sum that ``reader`` makes.
+        With it comes the sign with which that goes into the sum.
         """
-        maker = self.graph.maker(value)
-        # Read by nobody else, it was not written in between either: that would have read it, or made a view of it.
-        if maker is None or value.users != [reader.index] or value.fate is not None:
-            return None
-        if value.storage in self.graph.aliased:
-            return None
-        sign = _sign(reader, value.index)
-        if maker.kind == "layer":
-            return (maker, sign) if self._reads_same_place(maker, self.calls[0].inputs[0]) else None
-        self.meets_batchnorm |= maker.kind == "batchnorm" and not self._is_passed(maker)
-        if self._is_passed(maker) or _is_sum_with_nothing(maker) or _is_sum(self.graph, maker):
-            sources = maker.inputs if maker.kind == "operation" else maker.inputs[:1]
-            found = (self._addend(self.graph.values[index], maker) for index in sources)
-            return next(((call, sign * inner) for call, inner in filter(None, found)), None)
-        return None
+        meets_batchnorm = False
+        for each in self._terms(term, in_place=True):
+            # Alone, it was not written in between either: that would have read it, or made a view of it.
+            maker = self.graph.maker(each.value) if self._is_alone(each) else None
+            if maker is None:
+                continue
+            if maker.kind == "layer" and self._reads_same_place(maker, self.calls[0].inputs[0]):
+                return maker, each.sign
+            meets_batchnorm |= maker.kind == "batchnorm"
+        if meets_batchnorm:
+            raise _StaysError("before-batchnorm", "it is added to what another BatchNorm gave, which stays")
+        raise _StaysError("no-layer", "it is not added to the output of a layer of the same input")
 
     def _part_of_call(self, name: str, layer: Layer, call: Call) -> Part:
         return Part(name, shift=self._sign)
-
-
-class _Term(NamedTuple):
-    """One of several values that are added: with its sign, and the call that adds it."""
-
-    value: Value
-    sign: float
-    reader: Call
 
 
 class _Residual(_Search):
@@ -562,7 +578,8 @@ class _Residual(_Search):
     def _walk(self) -> None:
         if len(self.calls) > 1:
             raise _StaysError("other-call", "it is called several times")
-        terms = list(self._terms([_Term(self.graph.values[self.calls[0].inputs[0]], 1.0, self.calls[0])]))
+        whole = _Term(self.graph.values[self.calls[0].inputs[0]], 1.0, self.calls[0])
+        terms = list(self._terms(whole, in_place=False))
         made = [(term, call) for term in terms if (call := self._layer_of(term)) is not None]
         for term, call in made:
             assert call.owner is not None
@@ -578,27 +595,10 @@ class _Residual(_Search):
         if not gain <= _MOST_RESIDUAL_GAIN:
             raise _StaysError("rounding", f"what is added before it would be rounded {gain:.1f} times more coarsely")
 
-    def _terms(self, pending: list[_Term]) -> Iterator[_Term]:
-        """What terms are the sums of, where nobody else can see them; themselves, where they are no sums."""
-        while pending:
-            value, sign, reader = term = pending.pop()
-            maker = self.graph.maker(value)
-            if maker is None or value.users != [reader.index]:
-                yield term
-            elif _is_sum(self.graph, maker):
-                self._check_hidden(value)
-                inner = [_Term(self.graph.values[index], sign * _sign(maker, index), maker) for index in maker.inputs]
-                pending.extend(reversed(inner))
-            elif self._is_passed(maker) or _is_sum_with_nothing(maker):
-                self._check_hidden(value)
-                pending.append(_Term(self.graph.values[maker.inputs[0]], sign, maker))
-            else:
-                yield term
-
     def _layer_of(self, term: _Term) -> Call | None:
         """The call of a layer that made a term for this sum alone."""
-        maker = self.graph.maker(term.value)
-        if maker is None or maker.kind != "layer" or term.value.users != [term.reader.index]:
+        maker = self.graph.maker(term.value) if self._is_alone(term) else None
+        if maker is None or maker.kind != "layer":
             return None
         self._check_hidden(term.value)
         return maker

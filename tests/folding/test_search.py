@@ -365,6 +365,17 @@ def test_batchnorm_beside_a_layer_does_not_mind_another_summand_that_stays(judge
     judge(model, IMAGES, folds={"id": ["conv"]}, kept={"other": "no-layer"})
 
 
+def test_batchnorm_beside_a_long_sum_goes_into_its_layer(judge: Judge, net: Any) -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        for _ in range(1200):
+            h = h + x
+        return (m.id(x) + h).tanh()
+
+    model = net(function, fc=nn.Linear(4, 4), id=nn.BatchNorm1d(4))
+    judge(model, torch.randn(5, 4, dtype=torch.float64), folds={"id": ["fc"]})
+
+
 # Around a layer.
 
 
@@ -460,6 +471,17 @@ def added_in_place(m: Any, x: Tensor) -> Tensor:
     return m.bn(y).tanh()
 
 
+def sum_in_place_seen_through_a_view(m: Any, x: Tensor) -> Any:
+    h = x.relu()
+    view = h.view(-1)
+    h += m.conv(h)
+    return m.bn(h).tanh(), view.exp()
+
+
+def sum_of_sums_in_place(m: Any, x: Tensor) -> Tensor:
+    return m.bn((m.conv(x) + x).add_(m.point(x) + x)).tanh()
+
+
 def sum_is_returned(m: Any, x: Tensor) -> Any:
     y = m.conv(x) + x
     return m.bn(y).tanh(), y
@@ -481,6 +503,8 @@ def output_is_read(m: Any, x: Tensor) -> Any:
         (written_in_between, "no-layer"),
         (written_through_a_view_in_between, "other-reader"),
         (added_in_place, "no-layer"),
+        (sum_in_place_seen_through_a_view, "no-layer"),
+        (sum_of_sums_in_place, "no-layer"),
         (sum_is_returned, "other-reader"),
         (inner_sum_is_read, "other-reader"),
         (output_is_read, "other-reader"),
