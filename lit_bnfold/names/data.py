@@ -27,9 +27,9 @@ DRAW = 65_536
 # Number of characters that are encoded at a time, so that only a few of them take four bytes at once.
 PIECE = 1 << 20
 
-# Bytes of memory that it takes to build the examples of one byte of a words file, most of them for a moment. Measured
-# with names, which have six letters each.
-MEMORY_PER_BYTE = 20
+# Bytes of memory that it takes to build the examples of one byte of a words file, most of them for a moment. Measured:
+# 16 with names, which have six letters each, 20 where they have blanks around them, 23 to 34 with one or two letters.
+MEMORY_PER_BYTE = 30
 
 # Contexts (B, block_size) and the characters that follow them (B,), both int64.
 Batch = tuple[Tensor, Tensor]
