@@ -598,10 +598,7 @@ class _Residual(_Search):
     def _layer_of(self, term: _Term) -> Call | None:
         """The call of a layer that made a term for this sum alone."""
         maker = self.graph.maker(term.value) if self._is_alone(term) else None
-        if maker is None or maker.kind != "layer":
-            return None
-        self._check_hidden(term.value)
-        return maker
+        return maker if maker is not None and maker.kind == "layer" else None
 
     def _give_to_its_reader(self, term: _Term, made: list[tuple[_Term, Call]]) -> None:
         for output, call in made:

@@ -365,6 +365,23 @@ def test_batchnorm_beside_a_layer_does_not_mind_another_summand_that_stays(judge
     judge(model, IMAGES, folds={"id": ["conv"]}, kept={"other": "no-layer"})
 
 
+def test_batchnorm_beside_a_sum_that_is_written_in_place_goes_into_its_layer(judge: Judge) -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        h = m.conv(x)
+        h += x.sin()
+        return (m.id(x) + h).tanh()
+
+    model = Beside(function)
+    del model.bn, model.other
+    judge(model, IMAGES, folds={"id": ["conv"]})
+
+
+def test_batchnorm_beside_a_sum_waits_for_one_in_it(judge: Judge) -> None:
+    model = Beside(lambda m, x: (m.id(x) + (m.bn(m.conv(x)) + x.sin())).tanh())
+    del model.other
+    judge(model, IMAGES, folds={"bn": ["conv"], "id": ["conv"]})
+
+
 def test_batchnorm_beside_a_long_sum_goes_into_its_layer(judge: Judge, net: Any) -> None:
     def function(m: Any, x: Tensor) -> Tensor:
         h = m.fc(x)
@@ -405,6 +422,7 @@ class Around(nn.Module):
         (lambda m, x: m.bn(x - (m.conv(x) - m.point(x))).tanh(), ["conv", "point"], -1.0),
         (lambda m, x: m.bn(sum([m.conv(x), x])).tanh(), ["conv"], 1.0),
         (lambda m, x: m.bn(sum([x, m.conv(x)])).tanh(), ["conv"], 1.0),
+        (lambda m, x: m.bn(x - (0 + m.conv(x))).tanh(), ["conv"], -1.0),
         # Whoever else sees the input sees what it was.
         (lambda m, x: (m.bn(m.conv(x) + x), x), ["conv"], 1.0),
         (lambda m, x: m.bn(m.conv(h := x.relu()) + h) * h.exp(), ["conv"], 1.0),
