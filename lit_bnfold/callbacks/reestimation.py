@@ -22,6 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from lit_bnfold.callbacks.validation import run_training_steps
 from lit_bnfold.folding import FoldingError
+from lit_bnfold.layer_sync import SynchronisedBatchNorm
+
+_SYNCHRONISED = (nn.SyncBatchNorm, SynchronisedBatchNorm)
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
@@ -193,7 +196,7 @@ class _Observer(TorchFunctionMode):
         self._names = {
             id(module.running_mean): name
             for name, module in _batchnorms(pl_module).items()
-            if not isinstance(module, nn.SyncBatchNorm)
+            if not isinstance(module, _SYNCHRONISED)
         }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -230,7 +233,7 @@ def _synchronised_batchnorms(pl_module: LightningModule, observed: dict[str, Mom
 
     with ExitStack() as hooks:
         for name, module in _batchnorms(pl_module).items():
-            if isinstance(module, nn.SyncBatchNorm):
+            if isinstance(module, _SYNCHRONISED):
                 hooks.callback(module.register_forward_pre_hook(partial(see, name)).remove)
         yield
 
