@@ -62,6 +62,22 @@ def normal_linear(fan_in: int, fan_out: int) -> nn.Linear:
     return linear
 
 
+class ContextEmbedding(nn.Embedding):
+    """The embeddings of the characters of a context, one behind the other.
+
+    It does the flattening itself: calling an ``nn.Flatten`` for it would take a thirtieth of the whole network's time
+    with one example.
+
+    Example:
+        >>> ContextEmbedding(27, 10)(torch.zeros(32, 3, dtype=torch.int64)).shape
+        torch.Size([32, 30])
+    """
+
+    def forward(self, contexts: Tensor) -> Tensor:
+        """Return the embeddings (B, block_size * embedding_dim) of contexts (B, block_size) of indices."""
+        return super().forward(contexts).flatten(1)
+
+
 class BatchNormMLP(FoldedLoading, LightningModule):
     """Predicts the next character from the embeddings of the last few ones, with a BatchNorm after every linear layer.
 
@@ -126,8 +142,7 @@ class BatchNormMLP(FoldedLoading, LightningModule):
         self.save_hyperparameters()
         widths = [block_size * n_embd, *n_hidden, vocab_size]
         layers: OrderedDict[str, nn.Module] = OrderedDict(
-            embedding=nn.Embedding(vocab_size, n_embd),  # (B, block_size) -> (B, block_size, n_embd), from N(0, 1)
-            flatten=nn.Flatten(),  # -> (B, block_size * n_embd)
+            embedding=ContextEmbedding(vocab_size, n_embd),  # from N(0, 1)
         )
         for number, (fan_in, fan_out) in enumerate(pairwise(widths), start=1):
             layers[f"linear{number}"] = normal_linear(fan_in, fan_out)
