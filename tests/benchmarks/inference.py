@@ -8,8 +8,8 @@ keeps the BatchNorm, but fuses its arithmetic with the operations around it. The
 BatchNorms behind layers by themselves. There nothing is expected of the folded network but that it is not slower.
 
 What is left of the MLP at batch 1 is mostly calls of modules. A folded BatchNorm is an ``nn.Identity``, since a name or
-a place in a ``Sequential`` that is gone would break whoever asks for it, and three of them take 2.1 of 24.8 us. That the
-embedding flattens its output itself, instead of an ``nn.Flatten``, saves 0.9 us in both versions: 1.81 instead of 1.79.
+a place in a ``Sequential`` that is gone would break whoever asks for it; three of them take 2.1 of 24.8 us. That the
+embedding flattens its output itself, instead of an ``nn.Flatten``, saves 0.9 us of both versions: 1.81 instead of 1.79.
 """
 
 from __future__ import annotations
