@@ -158,8 +158,7 @@ def load_folded(model_class: type[_Module], path: str | Path, **kwargs: Any) -> 
     # Lightning's own load does everything by its rules and by those of the class; it only meets another structure.
     with _taking_folded({model_class, _class_in(checkpoint, model_class)}), naming_the_checkpoint(path):
         module: _Module = model_class.load_from_checkpoint(path, weights_only=weights_only, **kwargs)
-    if not isinstance(module, FoldedLoading):
-        take_folded(module)
+    take_folded(module)
     return module.eval()
 
 
@@ -175,8 +174,7 @@ def _taking_folded(classes: Collection[Any]) -> Iterator[None]:
     """Have classes take folded checkpoints: Lightning makes the module itself, and allows no class it cannot import."""
     with ExitStack() as stack:
         for of_class in classes:
-            if not issubclass(of_class, FoldedLoading):
-                stack.callback(_add_to_class(of_class))
+            stack.callback(_add_to_class(of_class))
         yield
 
 
@@ -236,12 +234,13 @@ def stay_folded(pl_module: LightningModule, plan: FoldingPlan) -> None:
         plan: The plan by which it was folded.
     """
     _add_to_hook(pl_module, "on_save_checkpoint", partial(_add_manifest, plan))
-    if not isinstance(pl_module, FoldedLoading):
-        take_folded(pl_module)
+    take_folded(pl_module)
 
 
 def take_folded(pl_module: LightningModule) -> _Undo:
     """Have a module of any class take folded checkpoints, or refuse to be trained from them, as ``FoldedLoading`` does.
+
+    That is done to those which inherit from it as well: their own ``on_load_checkpoint`` may not call it.
 
     Args:
         pl_module: The module.
@@ -656,10 +655,10 @@ def _take_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
             "was folded."
         )
     path = _being_loaded(module)
-    if path is not None:
+    is_taken = checkpoint["state_dict"].pop(SIGNPOST, None) is None
+    if path is not None and not is_taken:
         check_is_undamaged(path)
     with nullcontext() if path is None else naming_the_checkpoint(path):
-        checkpoint["state_dict"].pop(SIGNPOST, None)
         plan = FoldingPlan.from_dict(checkpoint[MANIFEST])
         if not _is_folded(module, plan):
             fold_structure(plan, module)

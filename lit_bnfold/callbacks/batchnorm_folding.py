@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lit_bnfold.callbacks.export import FILES, Call, Export, check_extras, export_files, first_call
@@ -28,10 +27,15 @@ from lit_bnfold.callbacks.report import Report, make_report, print_report, scala
 from lit_bnfold.callbacks.restoring import Restoring
 from lit_bnfold.callbacks.stages import Stages
 from lit_bnfold.callbacks.tensorboard import show_in_tensorboard, tensorboard_loggers
-from lit_bnfold.callbacks.validation import ValidationRun, first_training_batch, run_validation
+from lit_bnfold.callbacks.validation import (
+    ValidationRun,
+    first_training_batch,
+    module_put_back,
+    run_validation,
+    same_random_numbers,
+)
 from lit_bnfold.checkpoint import (
     SHARDED_STRATEGIES,
-    FoldedLoading,
     check_is_undamaged,
     one_file,
     progress_of_training,
@@ -44,6 +48,7 @@ from lit_bnfold.folding import FoldingError, FoldingPlan
 from lit_bnfold.folding.kinds import KINDS
 from lit_bnfold.folding.record import address_of
 from lit_bnfold.folding.rewrite import folded_in_place
+from lit_bnfold.layer_sync import ordinary_batchnorms
 
 _Validate = Callable[[Sequence[Callback]], ValidationRun | None]
 
@@ -151,9 +156,8 @@ class BatchNormFolding(Callback):
             NotADirectoryError: If ``dirpath`` is a file.
         """
         self._end_taking_folded()
-        if not isinstance(pl_module, FoldedLoading):
-            # The checkpoint that this run begins from, if it is folded, is loaded next.
-            self._load_as_before = take_folded(pl_module)
+        # The checkpoint that this run begins from, if it is folded, is loaded next.
+        self._load_as_before = take_folded(pl_module)
         if stage != "fit":
             return
         check_extras(self.export)
@@ -189,6 +193,7 @@ class BatchNormFolding(Callback):
             self._chosen_weights(trainer, pl_module) as weights,
             self._as_in_the_first_process(trainer, pl_module),
             self._reestimated(trainer, pl_module, validate) as reestimated,
+            ordinary_batchnorms(pl_module),
         ):
             best = None if weights == "last" else _best_score(trainer)
             self._fold(trainer, pl_module, validate, directory, weights, reestimated, best)
@@ -253,6 +258,7 @@ class BatchNormFolding(Callback):
         """
         check_extras(self.export)
         self._check_dirpath()
+        self.plan = self.report = self.folded_module = None
         directory = Path(self.dirpath or Path(ckpt_path).parent)
         others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         is_loaded = False
@@ -265,7 +271,7 @@ class BatchNormFolding(Callback):
             kwargs: dict[str, Any] = {"datamodule": datamodule, "verbose": False}
             try:
                 # Both versions draw the same random numbers.
-                with isolate_rng():
+                with same_random_numbers(trainer.global_rank):
                     if is_loaded:  # The weights stay in the module for the second run, be they folded then.
                         trainer.validate(pl_module, **kwargs)
                     else:
@@ -495,14 +501,17 @@ class BatchNormFolding(Callback):
             return
         last = copy.deepcopy(pl_module.state_dict())
         checkpoint = self._best_checkpoint(trainer, path)
-        pl_module.on_load_checkpoint(checkpoint)
+        way_back = ExitStack()
+        way_back.callback(pl_module.load_state_dict, last, strict=pl_module.strict_loading)
+        way_back.enter_context(module_put_back(trainer, pl_module))
         try:
+            pl_module.on_load_checkpoint(checkpoint)
             pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
             del checkpoint  # as large as the module, and its optimizer's state as well
             yield f"best: {path}"
         finally:
             if self.folded_module is not pl_module:
-                pl_module.load_state_dict(last, strict=pl_module.strict_loading)
+                way_back.close()
 
     def _best_checkpoint(self, trainer: Trainer, path: str) -> dict[str, Any]:
         """Read the best checkpoint, with whatever objects its module keeps in it if this very training wrote it.

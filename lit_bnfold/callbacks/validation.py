@@ -143,7 +143,7 @@ def run_training_steps(
             for module, flag in flags.items():
                 module.training = flag
             for batch in _training_batches(trainer, pl_module, batches):
-                with _put_back(_weights(pl_module)), _put_back(_module_parts(trainer, pl_module)):
+                with _put_back(_weights(pl_module)), module_put_back(trainer, pl_module):
                     for parameter in pl_module.parameters():
                         parameter.grad = None
                     with trainer.precision_plugin.train_step_context(), watching:
@@ -163,7 +163,7 @@ def first_training_batch(trainer: Trainer, pl_module: LightningModule) -> Any:
         FoldingError: If the training data is used up.
     """
     loop = trainer.fit_loop
-    with _same_random_numbers(trainer.global_rank), _put_back(_trainer_parts(trainer, loop)):
+    with same_random_numbers(trainer.global_rank), _put_back(_trainer_parts(trainer, loop)):
         _drop_iterators(loop)
         for batch in _training_batches(trainer, pl_module, 1):
             return batch
@@ -174,7 +174,7 @@ def _set_up_loaders(trainer: Trainer) -> None:
     """Ask for the validation loaders, as the start of a fit does, if this fit has not done so."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     if loop._combined_loader is None:
-        with _put_back([vars(trainer.state)]), _same_random_numbers(trainer.global_rank):
+        with _put_back([vars(trainer.state)]), same_random_numbers(trainer.global_rank):
             trainer.validating = True
             loop.setup_data()
 
@@ -182,7 +182,7 @@ def _set_up_loaders(trainer: Trainer) -> None:
 def _set_up_training_loaders(trainer: Trainer) -> None:
     """Ask for the training loaders, as the start of a fit does, where no fit has done so."""
     if trainer.fit_loop._combined_loader is None:
-        with _put_back([vars(trainer.state)]), _same_random_numbers(trainer.global_rank):
+        with _put_back([vars(trainer.state)]), same_random_numbers(trainer.global_rank):
             trainer.training = True
             datamodule = getattr(trainer, "datamodule", None)
             if datamodule is not None:
@@ -244,11 +244,11 @@ def _no_trace(
     others = [callback for callback in vars(trainer)["callbacks"] if id(callback) not in measuring]
     connector = trainer._logger_connector
     with ExitStack() as stack:
-        stack.enter_context(_same_random_numbers(trainer.global_rank))
+        stack.enter_context(same_random_numbers(trainer.global_rank))
         # Compiled code would be compiled again for layers that are swapped for one run only.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_put_back(_trainer_parts(trainer, loop)))
-        stack.enter_context(_put_back(_module_parts(trainer, pl_module)))
+        stack.enter_context(module_put_back(trainer, pl_module))
         for logger in trainer.loggers:
             stack.enter_context(_muted_logger(logger))
         for callback in others:
@@ -333,6 +333,16 @@ def _module_parts(trainer: Trainer, pl_module: LightningModule) -> Iterator[obje
             inner = part.values() if isinstance(part, dict) else part
             # The first question is the quick one: torch asks its Generator's class in Python.
             pending += (thing for thing in inner if type(thing) not in WITHOUT_TENSORS and isinstance(thing, _OPENED))
+
+
+def module_put_back(trainer: Trainer, pl_module: LightningModule) -> AbstractContextManager[None]:
+    """Put a module back as it is on entry, but for the numbers of its parameters.
+
+    Args:
+        trainer: The Trainer of the module.
+        pl_module: The module.
+    """
+    return _put_back(_module_parts(trainer, pl_module))
 
 
 @dataclass(frozen=True)
@@ -440,10 +450,13 @@ def _(part: random.Random) -> Callable[[], object]:
 
 
 @contextmanager
-def _same_random_numbers(seed: int) -> Iterator[None]:
+def same_random_numbers(seed: int) -> Iterator[None]:
     """Seed the global random generators, and give them back as they were.
 
     Lightning's ``isolate_rng`` does not give them back when its body raises.
+
+    Args:
+        seed: The seed.
     """
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):

@@ -6,7 +6,8 @@ which is gloo on CPUs. The batch of one process is halved, so that a step sees a
 
 The notebook's recipe stands here in a shorter form of 4,000 steps, with the smaller learning rate for the second half.
 By default each process normalises by its own 16 examples of a step, which is another training than one by 32, and a
-worse one. With ``GlooSyncBatchNorm`` both normalise by all 32; what is left of a difference is what rounding grows to.
+worse one. With ``AnyDeviceSyncBatchNorm`` both normalise by all 32; a difference that is left is what rounding grows
+to.
 The steps are too short for two processes: on each they wait for the other one and exchange 16,651 gradients, and with
 synchronised BatchNorms they do so twelve more times. The wide variant has hidden layers of 2,048 and batches of 4,096,
 which are worth a second process.
@@ -30,7 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 SEEDS = (1, 2, 3)
 QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false")
 TWO = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp")
-SYNCHRONISED = ("--trainer.plugins", "lit_bnfold.layer_sync.GlooSyncBatchNorm")
+SYNCHRONISED = ("--trainer.plugins", "lit_bnfold.layer_sync.AnyDeviceSyncBatchNorm")
 
 NOTEBOOK = ("--trainer.max_steps", "4000", "--trainer.val_check_interval", "4000", "--model.milestones", "[2000]")
 WIDE = (

@@ -632,6 +632,28 @@ def test_the_best_weights_are_folded_and_the_last_ones_come_back(tmp_path: Path,
     assert not torch.allclose(folding.folded_module(torch.ones(1, 4)), before, atol=0.01)
 
 
+def test_what_a_module_reads_from_the_best_checkpoint_is_gone_again(tmp_path: Path, randomised: Randomised) -> None:
+    class Counting(Worsening):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count, self.counts = 0, []
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.count += 1
+            self.counts.append(self.count)
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["counts"] = [*self.counts]
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.count, self.counts = len(checkpoint["counts"]), checkpoint["counts"]
+
+    module = randomised(Counting())
+    trainer = fit(tmp_path, module, BatchNormFolding(weights="best"), **checkpointing(tmp_path))
+    assert torch.load(tmp_path / "saved/best.ckpt", weights_only=True)["global_step"] < trainer.global_step
+    assert (module.count, module.counts) == (trainer.global_step, [*range(1, trainer.global_step + 1)])
+
+
 def test_replacing_with_the_best_weights_leaves_these_in_the_module(tmp_path: Path, randomised: Randomised) -> None:
     module, folding = randomised(Worsening()), BatchNormFolding(weights="best", replace=True)
     trainer = fit(tmp_path, module, folding, **checkpointing(tmp_path))
@@ -1255,6 +1277,42 @@ def test_a_checkpoint_is_folded_as_the_fit_folds_it(tmp_path: Path, randomised: 
     assert [*map(numbers, states[0].values())] == [*map(numbers, states[1].values())]
     # The module has the weights of the checkpoint afterwards, unfolded.
     assert [*map(numbers, other.state_dict().values())] == [*map(numbers, module.state_dict().values())]
+
+
+class ValidatingItself(Tiny):
+    def val_dataloader(self) -> Any:
+        return loader()
+
+
+def test_a_checkpoint_that_mismatches_leaves_nothing_of_the_one_before(tmp_path: Path, randomised: Randomised) -> None:
+    folding = BatchNormFolding(on_mismatch="warn")
+    fit(tmp_path, randomised(Tiny()), folding).save_checkpoint(tmp_path / "saved.ckpt")
+    trainer = quiet_trainer(tmp_path, callbacks=[folding])
+    folding.fold_checkpoint(trainer, ValidatingItself(), tmp_path / "saved.ckpt")
+    assert folding.folded_module is not None
+    folding.tolerance = 1e-30
+    with pytest.warns(UserWarning, match="does not do what the original does"):
+        folding.fold_checkpoint(trainer, ValidatingItself(), tmp_path / "saved.ckpt")
+    assert folding.folded_module is None
+    with pytest.raises(FileNotFoundError):
+        folding.fold_checkpoint(trainer, ValidatingItself(), tmp_path / "missing.ckpt")
+    assert (folding.plan, folding.report) == (None, None)
+
+
+def test_a_checkpoint_whose_validation_fails_costs_no_random_numbers(tmp_path: Path) -> None:
+    class Failing(ValidatingItself):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            torch.rand(1), random.random(), numpy.random.rand()
+            raise RuntimeError("trouble")
+
+    folding = BatchNormFolding()
+    fit(tmp_path, Tiny(), folding).save_checkpoint(tmp_path / "saved.ckpt")
+    trainer, module = quiet_trainer(tmp_path, callbacks=[folding]), Failing()
+    before = torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())
+    with pytest.raises(RuntimeError, match="trouble"):
+        folding.fold_checkpoint(trainer, module, tmp_path / "saved.ckpt")
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), str(numpy.random.get_state())) == before[1:]
 
 
 # Several processes ----------------------------------------------------------------------------------------------------
