@@ -145,6 +145,8 @@ class BatchNormFolding(Callback):
         self._stages = Stages()
         # The best checkpoint that there was when training began.
         self._found_best: tuple[str, int | None] = ("", None)
+        # The checkpoint that training went on from.
+        self._resumed: str | Path | None = None
         self._load_as_before: Callable[[], None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -161,7 +163,7 @@ class BatchNormFolding(Callback):
         if stage != "fit":
             return
         check_extras(self.export)
-        self.plan = self.report = self.folded_module = None
+        self.plan = self.report = self.folded_module = self._resumed = None
         self._check_dirpath()
         strategy = type(trainer.strategy).__name__
         if strategy in SHARDED_STRATEGIES:
@@ -176,6 +178,7 @@ class BatchNormFolding(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say if there is nothing to fold, now that the module has built whatever it builds late."""
         self._end_taking_folded()
+        self._resumed = trainer.ckpt_path
         self._found_best = _last_written(getattr(trainer.checkpoint_callback, "best_model_path", ""))
         if not any(KINDS.batchnorm(module) for module in pl_module.modules()):
             rank_zero_warn(f"BatchNormFolding has nothing to fold: {type(pl_module).__name__} has no BatchNorm.")
@@ -212,7 +215,7 @@ class BatchNormFolding(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to fold what an interrupted training has left."""
         self._end_taking_folded()
-        if self.plan is None:
+        if trainer.state.fn == "fit" and self.plan is None:
             rank_zero_info(f"Nothing was folded. {self._how_to_fold(trainer, pl_module)}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -556,7 +559,7 @@ class BatchNormFolding(Callback):
         savers = trainer.checkpoint_callbacks
         found = [(kind, getattr(saver, f"{kind}_model_path", "")) for kind in kinds for saver in savers]
         # A training that had ended and is resumed saves nothing new.
-        resumed = ("last", trainer.ckpt_path)
+        resumed = ("last", self._resumed)
         found = [resumed, *found] if has_ended and self.weights == "last" else [*found, resumed]
         kind, path = next((each for each in found if each[1]), ("", ""))
         if not path:
@@ -587,7 +590,9 @@ def _import_path(of_class: type[Any]) -> str:
     if module == "__main__":
         # The script that is running, as another process imports it.
         module = Path(getattr(sys.modules[module], "__file__", None) or module).stem
-    return f"{module}.{of_class.__qualname__}"
+    name = of_class.__qualname__
+    # A class inside a function cannot be imported: its user has to put it elsewhere.
+    return f"some.module.{of_class.__name__}" if "<locals>" in name else f"{module}.{name}"
 
 
 def _copy_numbers(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:

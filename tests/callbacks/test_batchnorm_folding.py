@@ -1380,9 +1380,33 @@ def test_the_command_that_folds_an_interrupted_training_names_its_classes(caplog
         __qualname__ = "Rows"
 
     saved = argparse.Namespace(last_model_path="a directory/last.ckpt")
-    trainer = argparse.Namespace(checkpoint_callbacks=[saved], datamodule=Rows(), ckpt_path=None)
+    fitting = argparse.Namespace(fn="fit")
+    trainer: Any = argparse.Namespace(checkpoint_callbacks=[saved], datamodule=Rows(), state=fitting)
     with caplog.at_level("INFO"):
-        BatchNormFolding().on_exception(trainer, Script(), KeyboardInterrupt())  # type: ignore[arg-type]
+        BatchNormFolding().on_exception(trainer, Script(), KeyboardInterrupt())
     script = Path(sys.modules["__main__"].__file__).stem
     command = f"lit-bnfold fold --ckpt_path 'a directory/last.ckpt' --model {script}.Script --data {__name__}.Rows"
     assert caplog.messages[-1] == f"Nothing was folded. To fold the last checkpoint: {command}"
+
+    class Local(Tiny):
+        pass
+
+    with caplog.at_level("INFO"):
+        BatchNormFolding().on_exception(trainer, Local(), KeyboardInterrupt())
+    assert "--model some.module.Local --data" in caplog.messages[-1]
+
+
+def test_only_a_training_that_fails_speaks_of_what_can_be_folded(
+    tmp_path: Path, randomised: Randomised, caplog: pytest.LogCaptureFixture
+) -> None:
+    folding = BatchNormFolding()
+    fit(tmp_path, randomised(Tiny()), folding)
+    trainer = quiet_trainer(tmp_path, callbacks=[BatchNormFolding()])
+    with caplog.at_level("INFO"):
+        with pytest.raises(FileNotFoundError):
+            trainer.validate(Tiny(), loader(), ckpt_path=tmp_path / "missing.ckpt")
+        assert "Nothing was folded" not in caplog.text
+        # Nobody can fold what training cannot go on from.
+        with pytest.raises(FoldingError, match="cannot go on from a folded checkpoint"):
+            trainer.fit(Tiny(), loader(), loader(), ckpt_path=tmp_path / "folded.ckpt")
+    assert "Nothing was folded. There is no checkpoint to fold either." in caplog.messages
