@@ -256,7 +256,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (Fold("net.2", (Part("net.0"),)), "folds the BatchNorm `net.2`; the model has ReLU of that name"),
         (Fold("net.1", (Part("net.2"),)), "folds into the layer `net.2`; the model has ReLU of that name"),
         (Fold("net.1", (Part("net.7"),)), "folds into the layer `net.7`; the model has nothing of that name"),
-        (Fold("net.1", (Part("net.0", channels=(0, 1, 2, 3, 5)),)), "channels that `net.1` with 5 has not"),
+        (Fold("net.1", (Part("net.0", channels=(0, 1, 2, 3, 5)),)), "channels of `net.1` beyond its 5"),
         (Fold("net.1", (Part("net.3"),)), "wants 5 out_features of `net.3`, which has 3"),
     ],
 )

@@ -77,6 +77,7 @@ def plan_folding(
 
     Raises:
         FoldingError: If the model cannot be copied or does not run on the example.
+        TypeError: If ``example_args`` is no sequence, but a tensor, say.
 
     Example:
         >>> import torch
@@ -84,6 +85,9 @@ def plan_folding(
         >>> plan.kept[0].reason
         'it normalises what `relu` in `0` made, which is no layer; and the output of `1` is returned by the model'
     """
+    if not isinstance(example_args, Sequence):
+        kind = type(example_args).__name__
+        raise TypeError(f"example_args: expected a sequence of arguments such as (x,), got a {kind}.")
     example = (tuple(example_args), dict(example_kwargs or {}))
     with TURN:
         found = _planned(model, *example, kinds)
@@ -119,6 +123,7 @@ def fold_batchnorm(
 
     Raises:
         FoldingError: If the model cannot be copied or does not run on the example.
+        TypeError: If ``example_args`` is no sequence, but a tensor, say.
 
     Example:
         >>> import torch

@@ -225,7 +225,7 @@ class Census:
             return "unusual-weight", "its statistics are on the meta device and hold no numbers"
         shape = (self.kinds.num_features(module),)
         if any(tensor.shape != shape for tensor in used):
-            return "unusual-weight", "it has not as many channels as its attributes say"
+            return "unusual-weight", "it has another number of channels than its attributes say"
         if not all(is_plain(tensor) for tensor in self.owned[module].values()):
             return (
                 "unusual-weight",

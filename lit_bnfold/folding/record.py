@@ -421,7 +421,9 @@ class Recorder:
         output = self._run_whole("layer", kind.function.__name__, kind.function, args, kwargs, owner=name)
         self.graph.calls[-1].computed = computed
         if output.shape[kind.channel_axis] != facts.out_channels:
-            facts = _add_obstacle(facts, "unusual-weight", f"`{name}` has not as many outputs as its attributes say")
+            facts = _add_obstacle(
+                facts, "unusual-weight", f"`{name}` has another number of outputs than its attributes say"
+            )
         self.graph.layers[name] = facts
         return output
 

@@ -127,7 +127,7 @@ def fold_structure(plan: FoldingPlan, model: nn.Module) -> None:
 def _make_ordinary(layer: Any, kind: LayerKind) -> Undo:
     """Give a layer the parameters that a fold puts its numbers into, without changing what it does."""
     undo = bake(layer) if computed_tensors(layer) else _no_change
-    weight, bias = layer.weight, layer.bias if kind.has_bias else None
+    weight, bias = layer.weight, getattr(layer, "bias", None)
     like = layer.running_mean if kind is NORMALISING and weight is None else weight
     trainable = weight is not None and weight.requires_grad
     added: dict[str, nn.Parameter | None] = {}
@@ -135,13 +135,16 @@ def _make_ordinary(layer: Any, kind: LayerKind) -> Undo:
         added["weight"] = nn.Parameter(torch.ones_like(like), requires_grad=False)
     if kind.has_bias and bias is None:
         added["bias"] = nn.Parameter(like.new_zeros(kind.channels(layer)[1]), requires_grad=trainable)
+    before = {name: layer._parameters[name] for name in added if name in layer._parameters}
     layer._parameters.update(added)
     affine = vars(layer).get("affine")
     if affine is not None:
         layer.affine = True
 
     def remove() -> None:
-        layer._parameters.update(dict.fromkeys(added))
+        for name in added.keys() - before.keys():
+            del layer._parameters[name]
+        layer._parameters.update(before)
         if affine is not None:
             layer.affine = affine
         undo()
@@ -194,7 +197,7 @@ def _check_fit(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
                 raise FoldingError(f"The plan wants {wanted} {name} of `{part.layer}`, which has {has}.")
             channels = range(features) if part.channels is None else part.channels
             if not set(channels) <= {UNTOUCHED, *range(features)}:
-                raise FoldingError(f"The plan names channels that `{fold.batchnorm}` with {features} has not.")
+                raise FoldingError(f"The plan names channels of `{fold.batchnorm}` beyond its {features}.")
 
 
 def _is_possible(direction: str, kind: LayerKind) -> bool:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
 from lit_bnfold.folding.graph import Call, Layer, Obstacle, Ref, Value, ValueGraph
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
 from lit_bnfold.folding.transparent import RULES, Channels, NotTransparent, adds_nothing, ambiguous_reshape
@@ -112,13 +114,20 @@ def _reason(obstacles: list[Obstacle]) -> tuple[str, str]:
     return backward if forward == backward else f"{backward}; and {forward}", code
 
 
-def _note(gain: float) -> str | None:
+def _note(gain: float, dtype: torch.dtype) -> str | None:
     """A warning for a fold behind which rounding errors come out more than a thousand times larger."""
     if gain <= _MOST_GAIN:
         return None
+    if math.isinf(gain):
+        return (
+            "a channel of it has no variance and no bias: what comes out of that are rounding errors of its layer alone"
+        )
+    digits = round(-math.log10(torch.finfo(dtype).eps))
+    lost = min(round(math.log10(gain)), digits)
+    name = str(dtype).removeprefix("torch.")
     return (
-        f"behind it, a rounding error of its layer is up to {gain:.1e} times larger, so that float32 loses "
-        f"{math.log10(gain):.0f} of its 7 digits: its variance is very small or its weight very large"
+        f"behind it, a rounding error of its layer is up to {gain:.1e} times larger, so that {name} loses {lost} of "
+        f"its {digits} digits: its variance is very small or its weight very large"
     )
 
 
@@ -175,7 +184,8 @@ class _Search:
         self._check_erasure()
         self._check_other_paths()
         facts = self.graph.batchnorms[self.name]
-        return Fold(self.name, parts, self.direction, _note(facts.gain), facts.eps)
+        note = _note(facts.gain, self.graph.values[self.calls[0].inputs[0]].dtype)
+        return Fold(self.name, parts, self.direction, note, facts.eps)
 
     def _walk(self) -> None:
         raise NotImplementedError
@@ -593,7 +603,8 @@ class _Residual(_Search):
                 self._give_to_its_reader(term, made)
         gain = self.graph.batchnorms[self.name].residual_gain
         if not gain <= _MOST_RESIDUAL_GAIN:
-            raise _StaysError("rounding", f"what is added before it would be rounded {gain:.1f} times more coarsely")
+            how = f"be rounded {gain:.1f} times more coarsely" if math.isfinite(gain) else "drown in rounding errors"
+            raise _StaysError("rounding", f"what is added before it would {how}")
 
     def _layer_of(self, term: _Term) -> Call | None:
         """The call of a layer that made a term for this sum alone."""

@@ -120,6 +120,22 @@ def run_as_it_is(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     Raises:
         FoldingError: If the model cannot be copied or does not run on the arguments.
     """
+    is_loaded = _is_compiler_loaded()
+    try:
+        run = _recorded(model, args, kwargs, kinds)
+    except FoldingError:
+        if is_loaded or not _is_compiler_loaded():
+            raise
+    else:
+        if is_loaded or not _is_compiler_loaded():
+            return run
+    # The model has loaded the compiler itself, as `torch.cond` does, which then began to compile what was watched. It has
+    # compiled nothing else yet that it could forget.
+    torch.compiler.reset()
+    return _recorded(model, args, kwargs, kinds)
+
+
+def _recorded(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: Kinds) -> Run:
     twin = twin_of(model)
     batchnorms = {name for name, module in twin.named_modules() if kinds.batchnorm(module) is not None}
     tape = Tape(batchnorms)
@@ -290,6 +306,9 @@ def _random_numbers_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _nothing_compiled() -> AbstractContextManager[Any]:
-    # Setting the stance loads the compiler; where that is not loaded, nothing is compiled.
-    compiler = sys.modules.get("torch._dynamo")
-    return nullcontext() if compiler is None else torch.compiler.set_stance("force_eager")
+    # Setting the stance loads the compiler, which takes seconds; where it is not loaded, nothing has been compiled.
+    return torch.compiler.set_stance("force_eager") if _is_compiler_loaded() else nullcontext()
+
+
+def _is_compiler_loaded() -> bool:
+    return "torch._dynamo" in sys.modules

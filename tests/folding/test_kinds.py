@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_bnfold.folding import BatchNormKind, Kinds, LayerKind, fold_batchnorm, plan_folding
+from lit_bnfold.folding.rewrite import _make_ordinary
 
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -75,6 +77,32 @@ def test_classes_of_a_project_are_folded_in_the_call_that_names_them(shape: tupl
     agree(model, plan.apply(model, kinds=kinds), [(x,)])
     # Nothing is left of it in the next call.
     assert plan_folding(model, (x,)) == type(plan)()
+
+
+class Perhaps(Projection):
+    """Has a bias once somebody gives it one."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__(i, o)
+        del self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, getattr(self, "bias", None))
+
+
+def test_layer_of_a_project_that_has_no_place_for_a_bias_is_given_one(randomised: Any, agree: Any) -> None:
+    model = randomised(nn.Sequential(Perhaps(3, 4), nn.BatchNorm1d(4))).double().eval()
+    kinds = Kinds(layers=(PROJECTION,))
+    original = copy.deepcopy(model)
+    plan = plan_folding(model, (X,), kinds=kinds)
+    assert [fold.layers for fold in plan.folds] == [("0",)]
+    agree(original, plan.apply(model, kinds=kinds), [(X,), (2 * X,)])
+    assert "bias" not in model[0]._parameters
+    # The way back leaves none either.
+    remove = _make_ordinary(model[0], PROJECTION)
+    assert model[0].bias is not None
+    remove()
+    assert "bias" not in model[0]._parameters
 
 
 def test_class_of_a_project_takes_a_batchnorm_forward(randomised: Any, agree: Any) -> None:

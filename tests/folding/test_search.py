@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -183,6 +184,32 @@ def test_fold_is_noted_if_it_costs_more_than_three_digits(gain: float, noted: bo
     # A layer that takes all channels in their order is told no more than that.
     assert fold.parts == (Part("fc"),)
     assert (fold.note is not None) == noted
+
+
+@pytest.mark.parametrize(
+    ("gain", "dtype", "note"),
+    [
+        (2e4, torch.float32, "up to 2.0e+04 times larger, so that float32 loses 4 of its 7 digits"),
+        (2e11, torch.float32, "float32 loses 7 of its 7 digits"),
+        (2e11, torch.float64, "float64 loses 11 of its 16 digits"),
+        (2e4, torch.bfloat16, "bfloat16 loses 2 of its 2 digits"),
+        (math.inf, torch.float32, "a channel of it has no variance and no bias"),
+    ],
+)
+def test_note_counts_the_digits_of_the_dtype(gain: float, dtype: torch.dtype, note: str, net: Any) -> None:
+    graph = run_as_it_is(net(lambda m, x: m.bn(m.fc(x))).to(dtype).eval(), (X.to(dtype),), {}, KINDS).graph
+    graph.batchnorms["bn"] = replace(graph.batchnorms["bn"], gain=gain)
+    (fold,) = make_plan(graph).folds
+    assert note in fold.note
+    assert "inf" not in fold.note
+
+
+def test_dead_channel_is_noted_in_words() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double().eval()
+    model[1].running_var[0] = 0.0
+    model[1].running_mean[0] = 1.0
+    (fold,) = plan_folding(model, (X,)).folds
+    assert fold.note.startswith("a channel of it has no variance and no bias")
 
 
 # What a BatchNorm does besides.
@@ -583,6 +610,12 @@ def test_residual_that_would_drown_in_rounding_errors_keeps_the_batchnorm() -> N
         assert kept.get("bn") == code
     [reason] = [each.reason for each in plan_folding(model, (IMAGES,)).kept if each.batchnorm == "bn"]
     assert reason == "what is added before it would be rounded 8.1 times more coarsely"
+    for var, weight in ((1.0, 0.0), (0.0, 1.0)):
+        nn.init.constant_(model.bn.weight, weight)
+        model.bn.running_var.fill_(var)
+        model.bn.running_mean.zero_()
+        [reason] = [each.reason for each in plan_folding(model, (IMAGES,)).kept if each.batchnorm == "bn"]
+        assert reason == "what is added before it would drown in rounding errors"
 
 
 def test_single_pixel_with_its_channels_last_is_laid_out_as_larger_images_are(agree: Any, randomised: Any) -> None:

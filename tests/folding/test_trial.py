@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import random
+import subprocess
+import sys
+import textwrap
 import threading
 from contextlib import suppress
 from typing import Any
@@ -59,6 +62,40 @@ def test_memory_read_behind_torchs_back_keeps_the_batchnorm(judge: Any, net: Any
         return m.bn(h) + seen
 
     judge(net(forward), X, kept={"bn": "unexplained"})
+
+
+@pytest.mark.parametrize("fold", [plan_folding, fold_batchnorm])
+def test_tensor_in_place_of_the_arguments_is_refused(fold: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with pytest.raises(TypeError, match=r"example_args: expected a sequence of arguments such as \(x,\), got a Tensor"):
+        fold(model, torch.randn(1, 5, 3))
+
+
+def test_model_that_loads_the_compiler_itself_is_run_again() -> None:
+    code = """
+        import sys, torch
+        from torch import nn
+        from lit_bnfold.folding import fold_batchnorm
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc, self.bn = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+            def forward(self, x):
+                return torch.cond(x.sum() > 0, torch.sin, torch.cos, (self.bn(self.fc(x)),))
+
+        model = Net().double().eval()
+        nn.init.normal_(model.bn.running_mean)
+        x = torch.randn(5, 3, dtype=torch.float64)
+        assert "torch._dynamo" not in sys.modules
+        folded = fold_batchnorm(model, (x,))
+        assert type(folded.bn) is nn.Identity
+        with torch.no_grad():
+            for other in (x, -x):
+                torch.testing.assert_close(folded(other), model(other), rtol=0, atol=1e-12)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 def test_example_comes_out_as_it_went_in(net: Any) -> None:
