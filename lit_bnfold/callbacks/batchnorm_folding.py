@@ -381,7 +381,7 @@ class BatchNormFolding(Callback):
         if self.report["mismatch"] is None and trainer.state.fn == "fit":
             if tensorboard_loggers(trainer):
                 self._stages.begin("drawing both versions for TensorBoard")
-            show_in_tensorboard(trainer, self.report, unfolded, original.first_batch, folded.first_batch)
+            show_in_tensorboard(trainer, self.report, plan, unfolded, original.first_batch, folded.first_batch)
         self.plan = plan
         self._conclude(trainer, pl_module, directory)
 

@@ -269,7 +269,7 @@ def _error(checks: list[_Check], answers: list[list[Tensor]], tolerance: float) 
     if not errors["max_rel"] <= tolerance:
         raise FoldingError(
             f"its outputs are off by {errors['max_rel']:.2e} of the largest one, more than the tolerance of "
-            f"{tolerance:.0e}"
+            f"{tolerance:.2e}"
         )
     return errors
 

@@ -135,6 +135,7 @@ def _fold(number: int, fold: dict[str, Any], report: Report) -> dict[str, Any]:
         "error": error,
         "max_abs_error": float(fold["max_abs_error"]),
         "is_within": error <= float(report["tolerance"]),
+        "note": fold.get("note"),
     }
 
 

@@ -19,7 +19,7 @@ from rich.text import Text
 import lit_bnfold
 from lit_bnfold.callbacks.export import FILES
 from lit_bnfold.callbacks.validation import ValidationRun
-from lit_bnfold.folding import FoldingPlan
+from lit_bnfold.folding import Fold, FoldingPlan
 
 Report = dict[str, Any]
 
@@ -65,16 +65,7 @@ def make_report(
         exports and measures to fill.
     """
     report: Report = {
-        "folds": [
-            {
-                "batchnorm": fold.batchnorm,
-                "layers": list(fold.layers),
-                "direction": fold.direction,
-                "max_abs_error": error["max_abs"],
-                "max_rel_error": error["max_rel"],
-            }
-            for fold, error in zip(plan.folds, layer_errors, strict=True)
-        ],
+        "folds": [_proven(fold, error) for fold, error in zip(plan.folds, layer_errors, strict=True)],
         "kept": plan.to_dict()["kept"],
         "validation": {
             version: dict(run.metrics) if run else {} for version, run in zip(("original", "folded"), runs, strict=True)
@@ -85,19 +76,35 @@ def make_report(
         "exports": {},
         "inference": {},
         "tolerance": tolerance,
-        "versions": {
-            "lit_bnfold": lit_bnfold.__version__,
-            "torch": str(torch.__version__),
-            "lightning": lightning.__version__,
-            "torchmetrics": torchmetrics.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": _versions(),
     }
     report["mismatch"] = _mismatch(report, [run.batches for run in runs if run]) or objection
     report["best_score"] = _best_score(report, best)
     original, folded = report["validation"]["original"], report["validation"]["folded"]
     report["moved"] = [key for key in original if _has_moved(original[key], folded.get(key, math.nan), tolerance)]
     return report
+
+
+def _proven(fold: Fold, error: Mapping[str, float]) -> dict[str, Any]:
+    """A fold with what was measured of it; with its note, if it has one."""
+    proven = {
+        "batchnorm": fold.batchnorm,
+        "layers": list(fold.layers),
+        "direction": fold.direction,
+        "max_abs_error": error["max_abs"],
+        "max_rel_error": error["max_rel"],
+    }
+    return proven if fold.note is None else proven | {"note": fold.note}
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "lit_bnfold": lit_bnfold.__version__,
+        "torch": str(torch.__version__),
+        "lightning": lightning.__version__,
+        "torchmetrics": torchmetrics.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _best_score(report: Report, best: tuple[str, float] | None) -> dict[str, Any] | None:
@@ -125,14 +132,14 @@ def _mismatch(report: Report, batches: list[tuple[int, ...]]) -> str | None:
     tolerance, output = report["tolerance"], report["output_error"]
     worst = max(report["folds"], key=lambda fold: severity(fold["max_rel_error"]), default=None)
     if worst is not None and not worst["max_rel_error"] <= tolerance:
-        where = f"the folded layer {' and '.join(f'`{layer}`' for layer in worst['layers'])}"
+        where, hint = f"the folded layer {' and '.join(f'`{layer}`' for layer in worst['layers'])}", ""
         error = worst["max_rel_error"]
     elif output is not None and not output["max_rel"] <= tolerance:
         where, error = "the output of the folded module", output["max_rel"]
+        hint = f"; the worst layer is `{worst['layers'][0]}` with {worst['max_rel_error']:.2e}" if worst else ""
     else:
         return None
-    hint = f"; the worst layer is `{worst['layers'][0]}` with {worst['max_rel_error']:.2e}" if worst else ""
-    return f"{where} is off by {error:.2e} of its largest value, more than the tolerance of {tolerance:.0e}{hint}"
+    return f"{where} is off by {error:.2e} of its largest value, more than the tolerance of {tolerance:.2e}{hint}"
 
 
 def severity(error: float) -> float:
@@ -160,7 +167,14 @@ def scalars(report: Report) -> dict[str, float]:
         numbers |= {f"folding/before_reestimation/{key}": value for key, value in before.items()}
     if report["output_error"] is not None:
         numbers |= {f"folding/{key}_error": value for key, value in report["output_error"].items()}
-    return numbers | {"folding/folds": float(len(report["folds"])), "folding/kept": float(len(report["kept"]))}
+    folded, every = _counts(report)
+    return numbers | {"folding/folds": float(folded), "folding/kept": float(every - folded)}
+
+
+def _counts(report: Report) -> tuple[int, int]:
+    """How many BatchNorms are folded in what stands now, and how many there were: a mismatch undoes every fold."""
+    tried = len(report["folds"])
+    return tried if report["mismatch"] is None else 0, tried + len(report["kept"])
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -193,9 +207,14 @@ def print_report(report: Report) -> None:
     console = Console()
     # Lines and bold letters are for whoever looks at a terminal, and in the way of whoever searches a file.
     style: dict[str, Any] = {} if console.is_terminal else {"box": None, "header_style": "", "title_style": ""}
+    folded, every = _counts(report)
+    undone = "" if report["mismatch"] is None else ": the versions disagree"
+    console.print(f"BatchNorm folding: {folded} of {every} folded{undone}", highlight=False)
     console.print(_folds_table(report, style))
     console.print(_numbers_table(report, style))
-    sentences = [f"{kept['batchnorm']} stays: {kept['reason']}." for kept in report["kept"][:_MOST_KEPT]]
+    noted = [fold for fold in report["folds"] if "note" in fold]
+    sentences = [f"{fold['batchnorm']} is folded: {fold['note']}." for fold in noted[:_MOST_KEPT]]
+    sentences += [f"{kept['batchnorm']} stays: {kept['reason']}." for kept in report["kept"][:_MOST_KEPT]]
     if len(report["kept"]) > _MOST_KEPT:
         sentences.append(f"{len(report['kept']) - _MOST_KEPT} more stay; folding.json says of each why.")
     for sentence in map(printable, sentences):
@@ -204,8 +223,7 @@ def print_report(report: Report) -> None:
 
 def _folds_table(report: Report, style: Mapping[str, Any]) -> Table:
     folds, kept = report["folds"], report["kept"]
-    title = f"BatchNorm folding: {len(folds)} of {len(folds) + len(kept)} folded"
-    table = Table("BatchNorm", "folded into", "error", title=title, **style)
+    table = Table("BatchNorm", "folded into", "error", **style)
     table.columns[2].justify = "right"
     shown = sorted(range(len(folds)), key=lambda index: -severity(folds[index]["max_rel_error"]))[:_MOST_FOLDS]
     for index in sorted(shown):

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from lit_bnfold.callbacks.report import Report, printable
+from lit_bnfold.folding import FoldingPlan
 from lit_bnfold.folding.algebra import scale_and_shift
 from lit_bnfold.folding.graph import ValueGraph
 from lit_bnfold.folding.kinds import KINDS
@@ -48,6 +49,7 @@ def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
 def show_in_tensorboard(
     trainer: Trainer,
     report: Report,
+    plan: FoldingPlan,
     original: LightningModule | None,
     before: ValueGraph,
     after: ValueGraph,
@@ -57,6 +59,7 @@ def show_in_tensorboard(
     Args:
         trainer: The Trainer, whose first rank writes.
         report: The report.
+        plan: What was folded.
         original: A copy of the module before folding, without a Trainer; None if there is none.
         before: What the module did before folding, to be drawn.
         after: What it did when it was folded.
@@ -68,7 +71,7 @@ def show_in_tensorboard(
             # What the logger wrote of the hyperparameters when training began, it wrote for good.
             run.log_hyperparams(logger.hparams, _final_metrics(report), trainer.global_step)
             run.experiment.add_custom_scalars(_layout(report))
-        _add_histograms(logger.experiment, report, original, trainer.global_step)
+        _add_histograms(logger.experiment, report, plan, original, trainer.global_step)
         logger.experiment.add_text(f"{_NAME}/plan", markdown(report), trainer.global_step)
 
 
@@ -112,18 +115,20 @@ def _add_graph(logger: TensorBoardLogger, version: str, graph: ValueGraph) -> No
         run.experiment.file_writer.add_event(Event(graph_def=draw(graph).SerializeToString()))
 
 
-def _add_histograms(writer: SummaryWriter, report: Report, original: nn.Module | None, step: int) -> None:
+def _add_histograms(
+    writer: SummaryWriter, report: Report, plan: FoldingPlan, original: nn.Module | None, step: int
+) -> None:
     """Add the errors of all folds, and scale and shift of each BatchNorm that was folded."""
     errors = torch.tensor([fold["max_rel_error"] for fold in report["folds"]], dtype=torch.float64)
     _add_histogram(writer, f"{_NAME}/log10_layer_error", errors.clamp(min=_LEAST_ERROR).log10(), step)
     modules = {} if original is None else dict(original.named_modules())
-    for fold in report["folds"] if modules else ():
-        batchnorm = modules[fold["batchnorm"]]
+    for fold in plan.folds if modules else ():
+        batchnorm = modules[fold.batchnorm]
         kind = KINDS.batchnorm(batchnorm)
         assert kind is not None
         with torch.no_grad():
-            scale, shift = scale_and_shift(*kind.numbers(batchnorm))
-        name = printable(fold["batchnorm"])
+            scale, shift = scale_and_shift(*kind.numbers(batchnorm, fold.eps))
+        name = printable(fold.batchnorm)
         _add_histogram(writer, f"{_NAME}/scale/{name}", scale, step)
         _add_histogram(writer, f"{_NAME}/shift/{name}", shift, step)
 
@@ -162,6 +167,9 @@ def markdown(report: Report) -> str:
             for fold in folds
         ]
         parts.append(_table(head, cells))
+    noted = [(fold["batchnorm"], fold["note"]) for fold in folds if "note" in fold]
+    if noted:
+        parts.append(_table(("BatchNorm", "folded, but"), noted))
     if kept:
         reasons = [(each["batchnorm"], each["reason"], each["code"]) for each in kept]
         parts.append(_table(("BatchNorm", "stays because", "code"), reasons))

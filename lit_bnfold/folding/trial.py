@@ -129,8 +129,8 @@ def run_as_it_is(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     else:
         if is_loaded or not _is_compiler_loaded():
             return run
-    # The model has loaded the compiler itself, as `torch.cond` does, which then began to compile what was watched. It has
-    # compiled nothing else yet that it could forget.
+    # The model has loaded the compiler itself, as `torch.cond` does, which then began to compile what was watched. So far
+    # there is nothing else that it could forget.
     torch.compiler.reset()
     return _recorded(model, args, kwargs, kinds)
 

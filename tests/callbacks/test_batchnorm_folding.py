@@ -819,7 +819,7 @@ def wrong_algebra(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("wrong_algebra")
 def test_a_mismatch_raises_names_the_worst_layer_and_writes_nothing(tmp_path: Path, randomised: Randomised) -> None:
     module, folding = randomised(TwoLayers()), Watched()
-    with pytest.raises(FoldingError, match=r"does not do what the original does.*`net\.3`.*tolerance of 1e-04"):
+    with pytest.raises(FoldingError, match=r"does not do what the original does.*`net\.3`.*tolerance of 1.00e-04"):
         fit(tmp_path, module, folding)
     assert folding.trace == []
     assert files_in(tmp_path) == set()
@@ -1014,7 +1014,7 @@ def test_a_larger_tolerance_accepts_a_larger_error(tmp_path: Path, randomised: R
 
 
 def test_a_tolerance_that_is_too_small_for_roundings_is_a_mismatch(tmp_path: Path, randomised: Randomised) -> None:
-    with pytest.raises(FoldingError, match="tolerance of 1e-12"):
+    with pytest.raises(FoldingError, match=r"tolerance of 1\.00e-12"):
         fit(tmp_path, randomised(TwoLayers()), BatchNormFolding(tolerance=1e-12))
 
 

@@ -254,7 +254,7 @@ def test_a_file_that_gives_other_numbers_is_not_put_in_place(
     monkeypatch.setattr(exporting, "_write_onnx", wrong)
     failure = export(tmp_path, randomised(Tiny()), "onnx", torch.randn(4, 4))["failure"]
     assert "its outputs are off by" in failure
-    assert "more than the tolerance of 1e-05" in failure
+    assert "more than the tolerance of 1.00e-05" in failure
     assert names_in(tmp_path) == set()
 
 

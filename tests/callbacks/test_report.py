@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lit_bnfold.callbacks.html_report import render
 from lit_bnfold.callbacks.report import Report, make_report, print_report, scalars, write_report
+from lit_bnfold.callbacks.tensorboard import markdown
 from lit_bnfold.callbacks.validation import ValidationRun
 from lit_bnfold.folding import Fold, FoldingPlan, Kept, Part
 
@@ -128,6 +130,43 @@ def test_it_is_printed_as_tables_with_a_reason_for_what_stays(capsys: pytest.Cap
         assert part in printed
     # A reason is text, not markup.
     assert "net.norm3 stays: the run did not reach it [bold]." in printed.splitlines()
+
+
+def test_a_fold_that_costs_digits_says_so_wherever_it_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "behind it, a rounding error is 1e4 times larger"
+    plan = FoldingPlan((Fold("norm[1]", (Part("linear"),), note=note), Fold("norm2", (Part("other"),))))
+    errors = [{"max_abs": 1e-7, "max_rel": 1e-7}] * 2
+    made = make_report(plan, errors, (None, None), None, "last", 1e-4)
+    assert [fold.get("note") for fold in made["folds"]] == [note, None]
+    write_report(made, tmp_path / "folding.json")
+    assert note in (tmp_path / "folding.json").read_text()
+    print_report(made)
+    assert f"norm[1] is folded: {note}." in capsys.readouterr().out.splitlines()
+    assert render(made).count(note) == 1
+    assert r"| norm\[1\] | behind it, a rounding error is 1e4 times larger |" in markdown(made)
+
+
+def test_folds_that_do_not_agree_do_not_count(capsys: pytest.CaptureFixture[str]) -> None:
+    made = report(layers=(1e-7, 1e-2))
+    numbers = scalars(made)
+    assert (numbers["folding/folds"], numbers["folding/kept"]) == (0.0, 3.0)
+    print_report(made)
+    assert capsys.readouterr().out.startswith("BatchNorm folding: 0 of 3 folded: the versions disagree\n")
+    print_report(report())
+    assert capsys.readouterr().out.startswith("BatchNorm folding: 2 of 3 folded\n")
+
+
+def test_a_mismatch_shows_the_tolerance_as_it_is_and_no_layer_twice() -> None:
+    runs = (ValidationRun({}, (1,)), ValidationRun({}, (1,)))
+    errors = [{"max_abs": 1.0, "max_rel": 1.6e-4}, {"max_abs": 1.0, "max_rel": 1e-5}]
+    mismatch = make_report(PLAN, errors, runs, None, "last", 1.5e-4)["mismatch"]
+    expected = "off by 1.60e-04 of its largest value, more than the tolerance of 1.50e-04"
+    assert mismatch == f"the folded layer `net.linear1` is {expected}"
+    output = {"max_abs": 1.0, "max_rel": 1e-3}
+    mismatch = make_report(PLAN, [*reversed(errors)], runs, output, "last", 5e-4)["mismatch"]
+    assert mismatch.endswith("tolerance of 5.00e-04; the worst layer is `net.left` with 1.60e-04")
 
 
 def large_report(folds: int, kept: int) -> Report:

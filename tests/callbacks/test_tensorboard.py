@@ -158,6 +158,29 @@ def test_scale_and_shift_are_those_of_the_batchnorm_that_was_folded(
         assert event.histogram_value.sum == pytest.approx(float(values.sum()), rel=1e-5)
 
 
+class FrozenBatchNorm1d(nn.Module):
+    """As detection models have it: an eps that stands in the forward alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(width) + 0.5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + 1e-3).rsqrt()
+        return input * scale + (self.bias - self.running_mean * scale)
+
+
+def test_scale_is_that_of_the_eps_which_the_run_has_shown(tmp_path: Path, randomised: Randomised) -> None:
+    module, logger = randomised(Small()), TensorBoardLogger(tmp_path)
+    module.norms["norm"] = norm = FrozenBatchNorm1d(5)
+    norm.running_var.fill_(1e-3)
+    fit(tmp_path, module, logger)
+    (event,) = events(logger.log_dir).Histograms("folding/scale/norms.norm")
+    expected = norm.weight * (norm.running_var + 1e-3).rsqrt()
+    assert event.histogram_value.sum == pytest.approx(float(expected.sum()), rel=1e-5)
+
+
 def test_both_versions_of_a_metric_share_a_chart(board: tuple[Trainer, str]) -> None:
     (event,) = events(board[1], "folding").Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
