@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,17 @@ class LayerKind:
             return 1
         groups = getattr(module, "groups", 1)
         return groups if isinstance(groups, int) else 0
+
+    def runs_torchs_forward(self, module: nn.Module) -> bool:
+        """Whether a module of this kind has the forward that torch gives it, which uses a bias once there is one.
+
+        Args:
+            module: The module.
+        """
+        forwards: Collection[Any] = _FORWARDS if self is NORMALISING else ()
+        if self in LAYER_KINDS:
+            forwards = [self.module.forward]
+        return "forward" not in vars(module) and type(module).forward in forwards
 
 
 class Normalisation(NamedTuple):
@@ -193,6 +204,8 @@ NORMALISING = LayerKind(
 )
 """A BatchNorm that stays is a layer itself: its weight and its bias can take another BatchNorm."""
 
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
 _TORCHS = BatchNormKind(_BatchNorm)
 _FROZEN = BatchNormKind(nn.Module)
 
@@ -267,8 +280,7 @@ class Kinds:
         kind = self.batchnorm(module)
         if kind is None or isinstance(module, torch.jit.ScriptModule):
             return False
-        is_torchs = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-        return (is_torchs and "forward" not in vars(module)) or not kind.calls_batch_norm
+        return NORMALISING.runs_torchs_forward(module) or not kind.calls_batch_norm
 
     def num_features(self, module: nn.Module) -> int:
         """Number of channels of a BatchNorm, 0 if it does not tell.

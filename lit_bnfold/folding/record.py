@@ -12,7 +12,7 @@ import copy
 import gc
 import threading
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -29,11 +29,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from lit_bnfold.folding.census import Census, is_plain
-from lit_bnfold.folding.graph import BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph
+from lit_bnfold.folding.graph import BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph, plain_name
 from lit_bnfold.folding.kinds import (
     KIND_OF_FUNCTION,
     KINDS,
-    LAYER_KINDS,
     NORMALISING,
     BatchNormKind,
     Kinds,
@@ -57,8 +56,35 @@ _ESCAPES = {
     Tensor.data_ptr,
     Tensor.apply_,
     Tensor.map_,
+    Tensor.__float__,
+    Tensor.__index__,
     Tensor.data.__set__,  # type: ignore[attr-defined]
 }
+
+# These read the numbers of tensors that lie in lists, without an operation either.
+_TENSORS_OF_LISTS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new}
+
+# These read all that they are given, to know the shape of what they make.
+_TENSORS_OF_A_SIZE_READ = {
+    torch.sparse_coo_tensor,
+    torch.sparse_csr_tensor,
+    torch.sparse_csc_tensor,
+    torch.sparse_bsr_tensor,
+    torch.sparse_bsc_tensor,
+    torch.sparse_compressed_tensor,
+    torch.tensor_split,
+    Tensor.tensor_split,
+}
+
+# Torch's operations that tell Python something of the numbers in their tensors, be it by a shape, and have no tag.
+_REVEALING = {
+    "_nnz", "_values", "_indices", "values", "indices", "crow_indices", "col_indices", "ccol_indices", "row_indices",
+    "is_coalesced", "q_scale", "q_zero_point", "_nested_tensor_from_mask_left_aligned", "_pack_padded_sequence",
+    "_pad_packed_sequence",
+}  # fmt: skip
+
+# Namespaces of operations whose shapes depend on shapes alone, unless they say so.
+_TORCHS = {"aten", "prim", "prims", "quantized", "profiler"}
 
 WITHOUT_TENSORS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
 """Types of what holds no tensor and may be shared by a copy."""
@@ -146,6 +172,7 @@ class Recorder:
         self._before_write: dict[Tensor, Tensor] = {}
         self._varying: set[int] = set()  # storages that hold something else than constants
         self._lent: dict[nn.Module, Tensor] = {}
+        self._attributes = {module: _attributes_of(module) for module in self._census.names if plans}
         self._exit = ExitStack()
         if plans:
             for tensor, name in self._census.tensors.items():
@@ -175,6 +202,13 @@ class Recorder:
         self._exit.close()
         if self._plans:
             self._ledger.settle()
+            self._note_decisions()
+
+    def _note_decisions(self) -> None:
+        """A Python value of a tensor may be what was put into an attribute, and decide there on the path to take."""
+        if self.graph.forked:
+            changed = [module for module, before in self._attributes.items() if _attributes_of(module) != before]
+            self.graph.forked.update(self._census.names[module] for module in changed)
 
     # The model's own tensors come out as they went in.
 
@@ -214,11 +248,8 @@ class Recorder:
         kind, own = self._census.layer_kinds.get(module), module._parameters
         if kind in (None, NORMALISING) or not kind.has_bias or own.get("bias") is not None:
             return
-        is_torchs = (
-            kind in LAYER_KINDS and "forward" not in vars(module) and type(module).forward is kind.module.forward
-        )
         like = next(module.parameters(), None)
-        if is_torchs or like is None:
+        if kind.runs_torchs_forward(module) or like is None:
             return
         if "bias" in own:
             stack.callback(own.update, {"bias": None})
@@ -310,6 +341,9 @@ class Recorder:
         if function is F.pad and "circular" in (*args, *kwargs.values()):
             # Below, this is a dozen of writes into slices of one tensor.
             return self._run_whole("operation", "circular_pad", F.pad, args, kwargs)
+        for tensor in _numbers_read(function, args, kwargs):
+            self._add_call("opaque", function.__name__, (tensor,))
+            self._note_fork((tensor,))
         # Torch's own functions read one tensor in Python at most, their first; what others do is not seen from here.
         for tensor in tensors_in((args, kwargs)) if _is_foreign(function) else args[:1]:
             if isinstance(tensor, Tensor):
@@ -572,6 +606,36 @@ def _asked_of_reshape(
     if not all(type(number) is int for number in numbers):
         return None
     return {key: tuple(number % rank if rank else number for number in numbers)}
+
+
+def _numbers_read(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors whose numbers one of torch's functions reads without an operation that reads them."""
+    if function in _TENSORS_OF_LISTS:
+        yield from tensors_in([each for each in (*args, *kwargs.values()) if not isinstance(each, Tensor)])
+    elif function in _TENSORS_OF_A_SIZE_READ:
+        # What is split is not read.
+        yield from tensors_in((args[1:] if "split" in function.__name__ else args, kwargs))
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _attributes_of(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that could decide on something in Python, with what is in their lists and dicts."""
+    return {key: _content(value) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [(_plainly(key), _plainly(each)) for key, each in value.items()]
+    return list(map(_plainly, value)) if isinstance(value, (list, tuple, set, deque)) else _plainly(value)
+
+
+def _plainly(value: Any) -> Any:
+    """A plain value, or what tells an object from others; a tensor that becomes a Python value is seen when it does."""
+    if type(value) in WITHOUT_TENSORS:
+        return value
+    return Tensor if isinstance(value, Tensor) else id(value)
 
 
 def _is_foreign(function: Callable[..., Any]) -> bool:
@@ -871,7 +935,13 @@ def _known_of(operation: Any) -> _Known:
     places = [] if schema is None else list(enumerate(schema.arguments))
     is_torchs = name.startswith("aten.")
     is_index = operation in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
-    reveals_numbers = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+    reveals_numbers = (
+        torch.Tag.data_dependent_output in tags
+        or torch.Tag.dynamic_output_shape in tags
+        or (is_torchs and plain_name(name) in _REVEALING)
+        # Of what others wrote nobody knows what the shapes depend on.
+        or getattr(operation, "namespace", "aten") not in _TORCHS
+    )
     return _Known(
         name=name,
         writes=tuple((place, argument.name) for place, argument in places if argument.is_write),

@@ -120,12 +120,20 @@ def fold_structure(plan: FoldingPlan, model: nn.Module) -> None:
         for part in fold.parts:
             layer, kind = modules[part.layer], KINDS.layer(modules[part.layer], part.function)
             assert kind is not None
-            _make_ordinary(layer, kind)
+            make_ordinary(layer, kind)
         erase(modules[fold.batchnorm], fold.direction, KINDS)
 
 
-def _make_ordinary(layer: Any, kind: LayerKind) -> Undo:
-    """Give a layer the parameters that a fold puts its numbers into, without changing what it does."""
+def make_ordinary(layer: Any, kind: LayerKind) -> Undo:
+    """Give a layer the parameters that a fold puts its numbers into, without changing what it does.
+
+    Args:
+        layer: The layer; it is changed in place.
+        kind: Its kind.
+
+    Returns:
+        A function that takes away again what was added.
+    """
     undo = bake(layer) if computed_tensors(layer) else _no_change
     weight, bias = layer.weight, getattr(layer, "bias", None)
     like = layer.running_mean if kind is NORMALISING and weight is None else weight
@@ -217,7 +225,7 @@ def _fold(fold: Fold, modules: dict[str, Any], kinds: Kinds) -> list[Undo]:
                 layer = modules[part.layer]
                 layer_kind = kinds.layer(layer, part.function)
                 assert layer_kind is not None
-                undos.append(_make_ordinary(layer, layer_kind))
+                undos.append(make_ordinary(layer, layer_kind))
                 numbers = folded_numbers(fold.direction, part, layer, layer_kind, scale, shift)
                 undos.extend(_set_data(layer._parameters[key], new) for key, new in numbers.items())
             undos.append(erase(batchnorm, fold.direction, kinds))

@@ -25,11 +25,11 @@ from lit_bnfold.folding.census import is_plain
 from lit_bnfold.folding.computed import bake, computed_tensors, is_steady
 from lit_bnfold.folding.copying import copy_model, twin_of
 from lit_bnfold.folding.graph import FoldingError, Obstacle, ValueGraph
-from lit_bnfold.folding.kinds import Kinds
+from lit_bnfold.folding.kinds import Kinds, LayerKind
 from lit_bnfold.folding.moved import Function, moves
 from lit_bnfold.folding.plan import Fold, FoldingPlan
 from lit_bnfold.folding.record import Recorder, address_of, tensors_in
-from lit_bnfold.folding.rewrite import erase
+from lit_bnfold.folding.rewrite import erase, make_ordinary
 
 # A copy of so many numbers in float64 takes 1 GiB.
 _MOST_NUMBERS = 2**27
@@ -129,8 +129,8 @@ def run_as_it_is(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     else:
         if is_loaded or not _is_compiler_loaded():
             return run
-    # The model has loaded the compiler itself, as `torch.cond` does, which then began to compile what was watched. So far
-    # there is nothing else that it could forget.
+    # The model has loaded the compiler itself, as `torch.cond` does, and that then began to compile what was watched.
+    # There is nothing else yet that it could forget.
     torch.compiler.reset()
     return _recorded(model, args, kwargs, kinds)
 
@@ -175,13 +175,14 @@ def obstacle_to(
             bake(modules[name])
     for fold in plan.folds:
         erase(modules[fold.batchnorm], fold.direction, kinds)
+        for part in fold.parts:
+            _lend_parameters(modules[part.layer], kinds.layer(modules[part.layer], part.function))
 
     def instead(name: str, layer: Function) -> Function:
         # A baked weight may be another than that of the first run: what it makes of the input is computed.
         played = first.tape.play(name, layer, computes=name in baked)
         return moved[name](played) if name in moved else played
 
-    # This time no layer is lent a bias, so that a forward which asks whether there is one is found out as well.
     recorder = Recorder(twin, kinds, plans=False, evens=True, instead=instead)
     erased = {fold.batchnorm: fold.direction != "parallel" for fold in plan.folds}
     try:
@@ -190,12 +191,22 @@ def obstacle_to(
     except FoldingError:
         does_the_same = False
     if not does_the_same:
-        reason = "the model looks at its modules, and does something else once BatchNorms of it are `nn.Identity`"
+        reason = "the model looks at its modules, and does something else once it is folded"
         return "structure-read", reason
     if not first.tape.agrees or not _agree(first.output, output):
         reason = "the model computes something else when it is folded, for a reason that its run does not show"
         return "unexplained", reason
     return None
+
+
+def _lend_parameters(layer: nn.Module, kind: LayerKind | None) -> None:
+    """Give a layer the bias that a fold gives it, so that whoever asks whether there is one is found out.
+
+    Those with a forward of their own had one in the first run, and have none now.
+    """
+    assert kind is not None
+    if kind.runs_torchs_forward(layer):
+        make_ordinary(layer, kind)
 
 
 def _overflows(fold: Fold, modules: Mapping[str, Any], kinds: Kinds) -> bool:

@@ -1454,3 +1454,124 @@ def test_slice_of_an_axis_that_channels_share_with_pixels_keeps_the_batchnorm(
 def test_features_with_axes_on_one_side_of_the_channels_fold(judge: Judge, net: Any) -> None:
     model = net(lambda m, x: m.fc(m.bn(x).permute(0, 2, 3, 1).flatten(1)), bn=nn.BatchNorm2d(3), fc=nn.Linear(30, 4))
     judge(model, torch.randn(2, 3, 5, 2, dtype=torch.float64), folds={"bn": ["fc"]})
+
+
+# What a run cannot see without being told.
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda m: 2 if m.fc.bias is None else 1,
+        lambda m: len(list(m.fc.parameters())),
+    ],
+)
+def test_model_that_asks_whether_its_layer_has_a_bias_keeps_the_batchnorm(ask: Any, judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x)) * ask(m), fc=nn.Linear(3, 4, bias=False), bn=nn.BatchNorm1d(4))
+    judge(model, X, kept={"bn": "structure-read"})
+
+
+@pytest.mark.parametrize("ask", [lambda m: m.second.weight is None, lambda m: not m.second.affine])
+def test_model_that_asks_whether_a_batchnorm_has_a_weight_keeps_the_one_before_it(
+    ask: Any, judge: Judge, net: Any
+) -> None:
+    parts = {"first": nn.BatchNorm1d(3), "second": nn.BatchNorm1d(3, affine=False)}
+    model = net(lambda m, x: m.second(m.first(x)).tanh() * (2 if ask(m) else 1), **parts)
+    judge(model, X, kept={"first": "structure-read", "second": "no-layer"})
+
+
+@torch.library.custom_op("lit_bnfold_tests::positive", mutates_args=())
+def positive(x: Tensor) -> Tensor:
+    """The positive numbers of a tensor, so many as there are."""
+    return x[x > 0].clone()
+
+
+def packed(x: Tensor) -> Any:
+    lengths = 1 + (x[:2, 0] > 0).long() * 2
+    return nn.utils.rnn.pack_padded_sequence(x[:3].expand(2, -1, -1), lengths, batch_first=True, enforce_sorted=False)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")
+@pytest.mark.parametrize(
+    "gate",
+    [
+        lambda x: len(positive(x)) > 0,
+        lambda x: x.relu().to_sparse()._nnz() > 0,
+        lambda x: len(x.relu().to_sparse().coalesce().values()) > 0,
+        lambda x: x.relu().to_sparse().coalesce().indices().shape[1] > 0,
+        lambda x: x.relu().to_sparse()._values().numel() > 0,
+        lambda x: x.relu().to_sparse()._indices().numel() > 0,
+        lambda x: x.relu().to_sparse_csr().col_indices().numel() > 0,
+        lambda x: x.relu().to_sparse_csr().values().numel() > 0,
+        lambda x: x.relu().to_sparse_csc().row_indices().numel() > 0,
+        lambda x: torch.sparse_coo_tensor((x[:1] > 0).long() * 3, x[0]).shape[0] > 2,
+        lambda x: packed(x).data.shape[0] > 2,
+        lambda x: len(packed(x).batch_sizes) > 1,
+        lambda x: torch._nested_tensor_from_mask_left_aligned(x[None], (x[:, 0] > 0)[None]),
+        lambda x: torch.quantize_per_tensor_dynamic(x.float(), torch.quint8, False).q_zero_point() < 5,
+        lambda x: torch.FloatTensor([x.sum()]) is None or x.sum() > 0,
+    ],
+)
+def test_decision_on_what_an_operation_tells_of_its_numbers_keeps_the_batchnorm(
+    gate: Callable[[Tensor], Any], judge: Judge, net: Any
+) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x)) if gate(x) else m.fc(x), fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(4))
+    judge(model, X.abs(), kept={"bn": "python-value"}, others=[(-X.abs(),)])
+
+
+def test_split_at_places_in_a_tensor_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x, at: m.bn(m.fc(x).tensor_split(at, 1)[1]), fc=nn.Linear(3, 10), bn=nn.BatchNorm1d(3))
+    judge(model, X, torch.tensor([2, 5]), kept={"bn": "python-value"}, others=[(X, torch.tensor([4, 7]))])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda h: torch.tensor([h]),
+        lambda h: torch.as_tensor([[h]]),
+        lambda h: torch.asarray([h]),
+        lambda h: h.new_tensor([h]),
+        lambda h: h.new([h]),
+        lambda h: torch.DoubleTensor([h]),
+    ],
+)
+def test_tensor_of_a_list_of_tensors_reads_them(make: Callable[[Tensor], Tensor], judge: Judge, net: Any) -> None:
+    # It has no part in the output of the example.
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.fc(x)
+        return torch.where(x.sum() > 0, m.bn(h), make(h[0, 0]))
+
+    judge(
+        net(forward, fc=nn.Linear(3, 1), bn=nn.BatchNorm1d(1)),
+        X.abs(),
+        kept={"bn": "other-reader"},
+        others=[(-X.abs(),)],
+    )
+
+
+class Deciding(nn.Module):
+    """Takes its path as others have told it."""
+
+    def __init__(self, told: dict[str, bool]) -> None:
+        super().__init__()
+        self.fc, self.bn, self.told = nn.Linear(3, 4), nn.BatchNorm1d(4), told
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.fc(x)) if self.told["normalise"] else self.fc(x)
+
+
+def test_decision_that_comes_through_an_attribute_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.block.told["normalise"] = bool(x.sum() > 0)
+        return m.block(x)
+
+    judge(net(forward, block=Deciding({})), X.abs(), kept={"block.bn": "python-value"}, others=[(-X.abs(),)])
+
+
+def test_attribute_that_changes_where_nothing_is_decided_keeps_nothing(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.calls = getattr(m, "calls", 0) + 1
+        return m.bn(m.fc(x))
+
+    judge(net(forward, fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(4)), X, folds={"bn": ["fc"]})

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_bnfold.folding import BatchNormKind, Kinds, LayerKind, fold_batchnorm, plan_folding
-from lit_bnfold.folding.rewrite import _make_ordinary
+from lit_bnfold.folding.rewrite import make_ordinary
 
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -99,7 +99,7 @@ def test_layer_of_a_project_that_has_no_place_for_a_bias_is_given_one(randomised
     agree(original, plan.apply(model, kinds=kinds), [(X,), (2 * X,)])
     assert "bias" not in model[0]._parameters
     # The way back leaves none either.
-    remove = _make_ordinary(model[0], PROJECTION)
+    remove = make_ordinary(model[0], PROJECTION)
     assert model[0].bias is not None
     remove()
     assert "bias" not in model[0]._parameters
