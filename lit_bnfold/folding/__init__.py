@@ -77,7 +77,7 @@ def plan_folding(
 
     Raises:
         FoldingError: If the model cannot be copied or does not run on the example.
-        TypeError: If ``example_args`` is no sequence, but a tensor, say.
+        TypeError: If an argument is of another type, such as a tensor in place of ``(tensor,)``.
 
     Example:
         >>> import torch
@@ -85,9 +85,14 @@ def plan_folding(
         >>> plan.kept[0].reason
         'it normalises what `relu` in `0` made, which is no layer; and the output of `1` is returned by the model'
     """
-    if not isinstance(example_args, Sequence):
-        kind = type(example_args).__name__
-        raise TypeError(f"example_args: expected a sequence of arguments such as (x,), got a {kind}.")
+    for name, value, expected, words in (
+        ("model", model, nn.Module, "an nn.Module"),
+        ("example_args", example_args, Sequence, "a sequence of arguments such as (x,)"),
+        ("example_kwargs", example_kwargs or {}, Mapping, "a mapping of arguments such as {'x': x}"),
+        ("kinds", kinds, Kinds, "Kinds"),
+    ):
+        if not isinstance(value, expected):
+            raise TypeError(f"{name}: expected {words}, got {type(value).__name__}.")
     example = (tuple(example_args), dict(example_kwargs or {}))
     with TURN:
         found = _planned(model, *example, kinds)
@@ -123,7 +128,7 @@ def fold_batchnorm(
 
     Raises:
         FoldingError: If the model cannot be copied or does not run on the example.
-        TypeError: If ``example_args`` is no sequence, but a tensor, say.
+        TypeError: If an argument is of another type, such as a tensor in place of ``(tensor,)``.
 
     Example:
         >>> import torch

@@ -152,7 +152,9 @@ class Census:
             is_sound = columns.isfinite().all(0) & (columns[1] >= 0)  # of (5, channels of all)
             of_channels = torch.where(is_sound, rounding_gain(*columns), math.nan)
             lengths = [len(mean) for mean, *_ in numbers]
-            largest = torch.stack([gain.max() for gain in of_channels.split(lengths)])
+            largest = torch.stack(
+                [gain.amax() if len(gain) else gain.new_ones(()) for gain in of_channels.split(lengths)]
+            )
             mean, var, weight, _, eps = columns
             owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(columns.device)
             squares = columns.new_zeros(2, len(lengths)).index_add_(1, owner, squares_around(mean, var, weight, eps))

@@ -50,7 +50,8 @@ def stand_in(tensor: Tensor) -> Tensor:
         return tensor
     other = tensor.detach()
     if isinstance(tensor, nn.Parameter):
-        other = nn.Parameter(other, tensor.requires_grad)
+        # Those that were made in inference mode have no gradients.
+        other = nn.Parameter(other, tensor.requires_grad and not tensor.is_inference())
     vars(other).update(vars(tensor))
     return other
 

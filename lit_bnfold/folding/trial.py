@@ -226,7 +226,10 @@ def _overflows(fold: Fold, modules: Mapping[str, Any], kinds: Kinds) -> bool:
 
 
 def _run(twin: nn.Module, recorder: Recorder, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    args, kwargs = _copy_example((args, kwargs))
+    try:
+        args, kwargs = _copy_example((args, kwargs))
+    except Exception as error:
+        raise FoldingError(f"The example cannot be copied, as each run needs its own: {error}") from error
     twin.eval()
     with _random_numbers_kept(twin), torch.no_grad(), _nothing_compiled(), recorder:
         try:

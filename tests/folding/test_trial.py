@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_bnfold.folding import BatchNormKind, Kinds, fold_batchnorm, plan_folding
+from lit_bnfold.folding import BatchNormKind, FoldingError, Kinds, fold_batchnorm, plan_folding
 from lit_bnfold.folding.kinds import KINDS, Normalisation
 from lit_bnfold.folding.moved import with_batchnorm
 from lit_bnfold.folding.plan import Part
@@ -65,10 +65,37 @@ def test_memory_read_behind_torchs_back_keeps_the_batchnorm(judge: Any, net: Any
 
 
 @pytest.mark.parametrize("fold", [plan_folding, fold_batchnorm])
-def test_tensor_in_place_of_the_arguments_is_refused(fold: Any) -> None:
+def test_argument_of_another_type_is_refused(fold: Any) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    with pytest.raises(TypeError, match=r"example_args: expected a sequence of arguments such as \(x,\), got a Tensor"):
+    with pytest.raises(TypeError, match=r"example_args: expected a sequence of arguments such as \(x,\), got Tensor"):
         fold(model, torch.randn(1, 5, 3))
+    with pytest.raises(TypeError, match=r"example_kwargs: expected a mapping .*, got str"):
+        fold(model, (), "x")
+    with pytest.raises(TypeError, match=r"model: expected an nn.Module, got function"):
+        fold(lambda x: x, (X,))
+    with pytest.raises(TypeError, match=r"kinds: expected Kinds, got NoneType"):
+        fold(model, (X,), kinds=None)
+
+
+def test_example_that_cannot_be_copied_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with pytest.raises(FoldingError, match="example cannot be copied, as each run needs its own: cannot pickle"):
+        plan_folding(model, ((row for row in X),))
+
+
+def test_model_of_inference_mode_is_folded(randomised: Any, agree: Any) -> None:
+    with torch.inference_mode():
+        model = randomised(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()).eval()
+    folded = fold_batchnorm(model, (X,))
+    assert type(folded[1]) is nn.Identity
+    agree(model, folded, [(X,), (2 * X,)])
+
+
+def test_batchnorm_of_no_channels_is_kept(net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x)), fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(4), none=nn.BatchNorm1d(0))
+    plan = plan_folding(model.double().eval(), (X,))
+    assert [fold.batchnorm for fold in plan.folds] == ["bn"]
+    assert [kept.code for kept in plan.kept] == ["not-reached"]
 
 
 def test_model_that_loads_the_compiler_itself_is_run_again() -> None:
