@@ -610,6 +610,8 @@ def _on_joined_axis(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[int,
             if _is_between(labels, moved, before, after) or (are_joined and _joins_channels(moved, after, before)):
                 return call
             are_joined |= _joins_channels(labels, before, after)
+        elif RULES[call.name] is _JOIN and _is_around(maps[call.outputs[0]].labels, _axis_joined(graph, call)):
+            return call
     return None
 
 
@@ -639,11 +641,27 @@ def _joins_channels(labels: Tensor, before: tuple[int, ...], after: tuple[int, .
 def _is_between(labels: Tensor, moved: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
     """Whether one axis holds channels and others on both sides of them: 2 rows of 3 pixels fit in it, and 3 of 2 do."""
     for old, new in _corresponding_axes(before, after):
-        several = [moved.shape[axis] > 1 for axis in new] if len(old) == 1 else [labels.shape[axis] > 1 for axis in old]
-        runs = [has_channels for has_channels, _ in itertools.groupby(several)]
+        taken, axes = (moved, new) if len(old) == 1 else (labels, old)
+        parts = itertools.chain.from_iterable(_parts(taken, axis) for axis in axes)
+        runs = [is_channels for is_channels, _ in itertools.groupby(parts)]
         if True in runs and runs.count(False) > 1:
             return True
     return False
+
+
+def _is_around(labels: Tensor, axis: int) -> bool:
+    """Whether an axis by itself holds channels and others on both sides of them."""
+    return _parts(labels, axis) == [False, True, False]
+
+
+def _parts(labels: Tensor, axis: int) -> list[bool]:
+    """What is in an axis, from the outermost part to the innermost: channels (True), or others (False)."""
+    if labels.shape[axis] == 1:
+        return [False]
+    row = labels.movedim(axis, -1).flatten(0, -2)[0]
+    runs = row[torch.cat([row.new_ones(1, dtype=torch.bool), row[1:] != row[:-1]])]
+    is_outside, is_inside = len(runs) > len(runs.unique()), len(row) > len(runs)
+    return [*[False] * is_outside, True, *[False] * is_inside]
 
 
 def _regroups(labels: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> bool:

@@ -1575,3 +1575,20 @@ def test_attribute_that_changes_where_nothing_is_decided_keeps_nothing(judge: Ju
         return m.bn(m.fc(x))
 
     judge(net(forward, fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(4)), X, folds={"bn": ["fc"]})
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.fc(m.bn(x).permute(0, 2, 1, 3).flatten(2).flatten(1)),
+        lambda m, x: m.fc(m.bn(x).permute(0, 2, 1, 3).flatten(1, 2).flatten(1)),
+        lambda m, x: m.fc(torch.cat([column.flatten(1) for column in m.bn(x).unbind(3)], 1)),
+    ],
+)
+def test_channels_between_rows_and_columns_keep_the_batchnorm_however_they_came_there(
+    forward: Any, judge: Judge, net: Any
+) -> None:
+    # Images of two rows and those of three have as many features.
+    model = net(forward, bn=nn.BatchNorm2d(4), fc=nn.Linear(48, 3))
+    wide, square = torch.randn(3, 4, 2, 6, dtype=torch.float64), torch.randn(3, 4, 3, 4, dtype=torch.float64)
+    judge(model, wide, kept={"bn": "no-layer"}, others=[(square,)])
