@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import logging
 import os
@@ -170,11 +171,12 @@ class NamesCLI(LightningCLI):
             raise ValueError("Expected a checkpoint to sample names from; pass --ckpt_path FILE, or --ckpt_path last.")
         if path is not None and Path(path).is_file():
             checkpoint = read_checkpoint(Path(path), weights_only=True)
+            _require_names_example(path, checkpoint)
             explicit = _arguments_of_the_network(given, configurations) & vars(config.model).keys()
             _tell_overridden(path, checkpoint.get("hyper_parameters", {}), {k: config.model[k] for k in explicit})
             # Before everything else on the command line, so that what is said there or in a configuration counts.
             place = given.index(self.config.subcommand) + 1
-            self.config = parser.parse_args([*given[:place], *_data_arguments(checkpoint), *given[place:]])
+            self.config = parser.parse_args([*given[:place], *_data_arguments(path, checkpoint), *given[place:]])
         self.config[self.config.subcommand].ckpt_path = path
         # Lightning's default allows any code in a checkpoint that it loads from the net.
         self.config[self.config.subcommand].weights_only = config.weights_only is not False
@@ -296,13 +298,38 @@ def _configurations(args: list[str]) -> list[Path]:
     return [path for path in map(Path, values) if path.is_file()]
 
 
-def _data_arguments(checkpoint: dict[str, Any]) -> list[str]:
+def _require_names_example(path: str, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of other classes here, where nobody has typed what would be wrong with an option."""
+    for what, of_class, saved in (
+        ("model", BatchNormMLP, checkpoint.get("hyper_parameters", {})),
+        ("data", NamesDataModule, checkpoint.get("datamodule_hyper_parameters", {})),
+    ):
+        known, class_path = inspect.signature(of_class).parameters, saved.get("_class_path")
+        others = [name for name in saved if name not in known and not name.startswith("_")]
+        found = f"one of another {what} class, with {', '.join(others)}" if others else None
+        # Lightning hands on the arguments of a class with a path in a way that a command with one class does not take.
+        if class_path is not None and (what == "model" or class_path.rpartition(".")[2] != of_class.__name__):
+            found = f"one of a LightningCLI with the {what} class {class_path}"
+        if found is not None:
+            raise ValueError(
+                f"{path}: expected a checkpoint that `lit-bnfold fit` wrote, got {found}; to fold it: `lit-bnfold fold "
+                f"--ckpt_path {path} --model some.module.Class --data some.module.DataClass`."
+            )
+
+
+def _data_arguments(path: str, checkpoint: Mapping[str, Any]) -> list[str]:
     """The arguments of the data that a checkpoint was trained on."""
-    return [
-        f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}"
-        for name, value in checkpoint.get("datamodule_hyper_parameters", {}).items()
-        if not name.startswith("_")
-    ]
+    saved = checkpoint.get("datamodule_hyper_parameters", {})
+    arguments = {name: value for name, value in saved.items() if not name.startswith("_")}
+    try:
+        NamesDataModule(**arguments)
+        return [
+            f"--data.{name}={value if isinstance(value, str) else json.dumps(value)}"
+            for name, value in arguments.items()
+        ]
+    # A tensor, for one, is no argument, and its truth may be ambiguous.
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}, `datamodule_hyper_parameters`: {' '.join(str(error).split())}") from error
 
 
 def _arguments_of_the_network(args: Sequence[str], configurations: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import reprlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,8 +38,9 @@ For a module of your own: --model some.module.Class [--model.ARGUMENT VALUE ...]
 current directory; what the command line does not say of their arguments is taken from --config, then from the
 checkpoint."""
 
-# Everything else in a configuration is about training: optimizers, callbacks, loggers, how many devices.
-_CONFIGURED = {"seed_everything": None, "folding": None, "trainer": {"precision"}}
+# Besides the classes and the seed. Everything else in a configuration is about training: optimizers, callbacks,
+# loggers, how many devices.
+_CONFIGURED = {"folding": None, "trainer": {"precision"}}
 
 # What makes no sense here: one checkpoint has one set of weights, `--output` is where the files go, and there is no
 # training to write anything else.
@@ -46,6 +48,25 @@ _NOT_OFFERED = {
     "folding": {"weights", "replace", "dirpath"},
     "trainer": {"logger", "callbacks", "enable_checkpointing"},
 }
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What a configuration says of the module or the data: a class, its arguments, or both."""
+
+    class_path: str | None = None
+    init_args: Mapping[str, Any] = field(default_factory=dict)
+    # Arguments that no signature shows, only a `**kwargs`.
+    dict_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What counts of a configuration."""
+
+    file: str = ""
+    descriptions: Mapping[str, _Description] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,9 +78,7 @@ class _Part:
     saved: Mapping[str, Any] = field(default_factory=dict)
     # If the hyperparameters of the checkpoint make up one argument, its name.
     saved_as: str | None = None
-    configured: Mapping[str, Any] = field(default_factory=dict)
-    # Arguments of the configuration that no signature shows, only a `**kwargs`.
-    undeclared: Mapping[str, Any] = field(default_factory=dict)
+    configured: _Description = _Description()
 
     @property
     def path(self) -> str:
@@ -89,12 +108,11 @@ def fold(args: Sequence[str]) -> None:
         early, rest = _early_parser().parse_known_args(args)
         with _modules_of_the_current_directory():
             checkpoint = {} if early.ckpt_path is None else read_training(_checkpoint_path(early), early.weights_only)
-            config = {} if early.config is None else read_config(Path(early.config))
+            config = _Config() if early.config is None else _read_sections(early.config)
             parts = _find_parts(early, checkpoint, config)
             parser = _parser(parts)
             options = options_of(parser)
-            given = parser.parse_object(_configured(config, parts), defaults=False)
-            given = parser.parse_args(rest, given, defaults=False)
+            given = parser.parse_args(rest, _parse_config(parser, config, parts), defaults=False)
             if early.ckpt_path is None:
                 raise ValueError("Expected `--ckpt_path`, the checkpoint to fold.")
             _fold(early, parts, given, parser.instantiate_classes(given))
@@ -184,16 +202,55 @@ def _parser(parts: Sequence[_Part]) -> LightningArgumentParser:
     return parser
 
 
-def _configured(config: Mapping[str, Any], parts: Sequence[_Part]) -> dict[str, Any]:
-    """What counts of a configuration."""
-    chosen: dict[str, Any] = {part.key: dict(part.configured) for part in parts}
+def _parse_config(parser: LightningArgumentParser, config: _Config, parts: Sequence[_Part]) -> Namespace:
+    options = {part.key: dict(part.configured.init_args) for part in parts} | dict(config.others)
+    try:
+        return parser.parse_object(options, defaults=False)
+    except ArgumentError as error:
+        raise ValueError(f"{config.file}: {sentence(str(error), options_of(parser))}") from error
+
+
+# The configuration.
+
+
+def _read_sections(file: str) -> _Config:
+    config = read_config(Path(file))
+    descriptions = {key: _description(config.get(key), f"{file}, {key}") for key in ("model", "data")}
+    others: dict[str, Any] = {}
     for key, names in _CONFIGURED.items():
-        value = config.get(key)
-        if isinstance(value, dict):
-            value = {name: value[name] for name in (names or value) if name in value.keys() - _NOT_OFFERED[key]}
-        if value is not None and value is not True:
-            chosen[key] = value
-    return chosen
+        section = _options(config.get(key), f"{file}, {key}")
+        counts = [name for name in section if name in (names or section) and name not in _NOT_OFFERED[key]]
+        # A LightningCLI writes down every option, also where nothing was said.
+        others[key] = {name: section[name] for name in counts if section[name] is not None}
+    seed = config.get("seed_everything")
+    # To a LightningCLI, `true` is a random seed and `false` none.
+    if seed is not None and not isinstance(seed, bool):
+        others["seed_everything"] = seed
+    return _Config(file, descriptions, others)
+
+
+def _description(section: Any, place: str) -> _Description:
+    if isinstance(section, str):
+        return _Description(section)
+    options = _options(section, place)
+    if "class_path" not in options:
+        return _Description(init_args=options)
+    path = options["class_path"]
+    if not isinstance(path, str):
+        raise ValueError(f"{place}.class_path: {_no_class(path)}")
+    arguments = [_options(options.get(key), f"{place}.{key}") for key in ("init_args", "dict_kwargs")]
+    return _Description(path, *arguments)
+
+
+def _options(section: Any, place: str) -> dict[str, Any]:
+    if section is None:
+        return {}
+    if not isinstance(section, dict) or not all(isinstance(name, str) for name in section):
+        raise ValueError(
+            f"{place}: expected names of options with their values, got {reprlib.repr(section)}; write each as "
+            "`name: value`, or leave them out."
+        )
+    return section
 
 
 # The classes.
@@ -216,9 +273,7 @@ def _checkpoint_path(early: argparse.Namespace) -> str:
     return early.ckpt_path
 
 
-def _find_parts(
-    early: argparse.Namespace, checkpoint: Mapping[str, Any], config: Mapping[str, Any]
-) -> tuple[_Part, ...]:
+def _find_parts(early: argparse.Namespace, checkpoint: Mapping[str, Any], config: _Config) -> tuple[_Part, ...]:
     model = _find_part("model", early.model, LightningModule, BatchNormMLP, checkpoint, config)
     assert model is not None
     own_data = NamesDataModule if issubclass(model.of_class, BatchNormMLP) else None
@@ -232,18 +287,17 @@ def _find_part(
     base: Any,
     default: type[Any] | None,
     checkpoint: Mapping[str, Any],
-    config: Mapping[str, Any],
+    config: _Config,
 ) -> _Part | None:
-    section = config.get(key) or {}
-    if not isinstance(section, dict):
-        section = {"class_path": section}
-    in_config = section.get("class_path")
+    configured = config.descriptions.get(key, _Description())
+    in_config = configured.class_path
     saved = checkpoint.get(base.CHECKPOINT_HYPER_PARAMS_KEY, {})
     in_checkpoint = saved.get("_class_path")
     if path is not None and in_config is not None and _name(path) != _name(in_config):
         raise ValueError(f"--{key}: expected the class of the configuration, {in_config}, got {path}.")
-    path = path or in_config or in_checkpoint
-    of_class = default if path is None else _find_class(key, path, base.__name__)
+    places = {f"--{key}": path, f"{config.file}, {key}": in_config, f"the checkpoint's {key}": in_checkpoint}
+    named = [(place, name) for place, name in places.items() if name is not None]
+    of_class = _find_class(key, *named[0], base.__name__) if named else default
     if of_class is None:
         return None
     if key == "data" and in_checkpoint is not None and _name(in_checkpoint) != of_class.__name__:
@@ -253,8 +307,7 @@ def _find_part(
         of_class,
         saved,
         checkpoint.get(base.CHECKPOINT_HYPER_PARAMS_NAME),
-        section if in_config is None else section.get("init_args") or {},
-        section.get("dict_kwargs") or {} if in_config is not None else {},
+        configured,
     )
 
 
@@ -262,25 +315,30 @@ def _name(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _find_class(key: str, path: str, base: str) -> type[Any]:
+def _find_class(key: str, place: str, path: str, base: str) -> type[Any]:
     module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise ValueError(f"--{key}: expected a class as some.module.Class, got {path!r}.")
+    # To Python, a path with an empty part is one that begins at some package.
+    if not module_name or not all(path.split(".")):
+        raise ValueError(f"{place}: {_no_class(path)}")
     if module_name == "__main__":
-        raise ValueError(f"--{key}: {path} is in the script that trained it; name it as --{key} script.{name}.")
+        raise ValueError(f"{place}: {path} is in the script that trained it; name it as --{key} script.{name}.")
     try:
         found = getattr(importlib.import_module(module_name), name, None)
-    except ImportError as error:
-        raise ValueError(f"--{key}: {path} cannot be imported from {Path.cwd()}: {_one_line(error)}.") from error
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{place}: {path} cannot be imported from {Path.cwd()}: {_one_line(error)}.") from error
     if found is None:
-        raise ValueError(f"--{key}: the module {module_name} has no class {name}.")
+        raise ValueError(f"{place}: the module {module_name} has no class {name}.")
     if (
         not isinstance(found, type)
         or _lightning(found) is None
         or base not in {each.__name__ for each in found.__mro__}
     ):
-        raise ValueError(f"--{key}: expected a {base}, and {path} is none.")
+        raise ValueError(f"{place}: expected a {base}, but {path} is not one.")
     return found
+
+
+def _no_class(found: Any) -> str:
+    return f"expected a class as some.module.Class, got {reprlib.repr(found)}; write its module and its name."
 
 
 def _lightning(of_class: type[Any]) -> Any:
@@ -346,7 +404,7 @@ def _build(part: _Part, given: Mapping[str, Any], made: Mapping[str, Any]) -> An
         saved = {part.saved_as: AttributeDict(part.saved) if type(part.saved) is dict else part.saved}
     else:
         saved = {name: value for name, value in own.items() if takes_others or name in names}
-    arguments = {**saved, **part.undeclared, **made}
+    arguments = {**saved, **part.configured.dict_kwargs, **made}
     missing = [each.name for each in parameters if each.name in names - arguments.keys() and each.default is each.empty]
     if missing:
         flags = ", ".join(f"--{part.key}.{name}" for name in missing)
@@ -354,9 +412,12 @@ def _build(part: _Part, given: Mapping[str, Any], made: Mapping[str, Any]) -> An
     try:
         if "_instantiator" not in part.saved:
             return part.of_class(**arguments)
-        return _build_as_configured(part, {**saved, **part.undeclared, **given}, own)
+        return _build_as_configured(part, {**saved, **part.configured.dict_kwargs, **given}, own)
     except (ArgumentError, TypeError, ValueError) as error:
         raise ValueError(f"{part.path} cannot be made: {_one_line(error)}") from error
+    except (ArithmeticError, MemoryError, RuntimeError) as error:
+        # Of a layer that no memory holds, torch tells a long story behind the first line.
+        raise ValueError(f"{part.path} cannot be made: {_first_line(error)}") from error
 
 
 def _build_as_configured(part: _Part, arguments: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
@@ -377,3 +438,7 @@ def _build_as_configured(part: _Part, arguments: Mapping[str, Any], own: Mapping
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -1,4 +1,6 @@
-"""Metrics that compare the outputs of two versions of a model: the folded one and the original."""
+"""The metric that compares the outputs of two versions of a model: the folded one and the original."""
+
+from __future__ import annotations
 
 import itertools
 from typing import Any
@@ -72,55 +74,6 @@ class OutputError(Metric):
         """Return ``max_abs``, in the unit of the outputs, and ``max_rel``, without one; both of shape ()."""
         relative = torch.where(self.difference == 0, self.difference, self.difference / self.scale)
         return {"max_abs": self.difference, "max_rel": relative}
-
-
-class ArgmaxAgreement(Metric):
-    """The share of predictions, from 0 to 1, for which the folded model and the original choose the same class.
-
-        agreement = mean_i [argmax_c folded_ic = argmax_c original_ic]
-
-    Args:
-        dim: The class axis of the outputs.
-        **kwargs: Arguments of ``torchmetrics.Metric``.
-
-    Example:
-        >>> import torch
-        >>> agreement = ArgmaxAgreement()
-        >>> agreement.update(folded=torch.eye(2), original=torch.tensor([[2.0, 1.0], [2.0, 1.0]]))
-        >>> agreement.compute()
-        tensor(0.5000)
-    """
-
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = True
-    equal: Tensor
-    total: Tensor
-
-    def __init__(self, dim: int = -1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.dim = dim
-        self.add_state("equal", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, folded: Tensor, original: Tensor) -> None:
-        """Take in the outputs of both models for one batch.
-
-        Args:
-            folded: Output of the folded model, such as logits, of any shape with a class axis.
-            original: Output of the original model for the same input, of the same shape.
-
-        Raises:
-            ValueError: If the shapes differ.
-        """
-        _require_one_shape(folded, original)
-        equal = folded.argmax(self.dim) == original.argmax(self.dim)
-        self.equal += equal.sum().to(self.equal)
-        self.total += equal.numel()
-
-    def compute(self) -> Tensor:
-        """Return the share, of shape ()."""
-        return self.equal / self.total
 
 
 def _difference_and_scale(folded: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:

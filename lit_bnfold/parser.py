@@ -194,10 +194,16 @@ def sentence(message: str, options: Iterable[str]) -> str:
         'There is no option --model.n_hiden; did you mean --model.n_hidden?'
         >>> sentence("argument --model.lr: expected one argument", [])
         '--model.lr: expected one argument.'
+        >>> sentence("Group 'model' does not accept option 'n_hiden'", ["--model.n_embd", "--model.n_hidden"])
+        'There is no option --model.n_hiden; did you mean --model.n_hidden?'
     """
-    unknown = re.search(r"(?:unrecognized arguments:|does not accept option) (.*)", message)
+    unknown = re.search(r"unrecognized arguments: (.*)", message)
     if unknown is not None:
-        return _of_unknown(unknown[1].strip("'").split(), list(options))
+        return _of_unknown(unknown[1].split(), list(options))
+    # So it speaks of a key in a configuration.
+    unknown = re.search(r"(?:Group '(.*)' )?does not accept option '?(.*?)'?$", message)
+    if unknown is not None:
+        return _of_unknown(["--" + ".".join(filter(None, unknown.groups()))], list(options))
     message = re.sub(r'^Parser key "(.+?)":', r"--\1:", message)
     message = re.sub(r"^argument (?:subcommand: )?", "", message)
     union = re.search(r"Subtypes: \[(.*)\]\n[\s\S]*Given value: (.*)", message)
@@ -209,8 +215,6 @@ def sentence(message: str, options: Iterable[str]) -> str:
 
 def _of_unknown(arguments: list[str], options: list[str]) -> str:
     names = ["--" + argument.partition("=")[0].lstrip("-") for argument in arguments if argument.startswith("-")]
-    # From a configuration, the key comes without dashes.
-    names = names or ([f"--{arguments[0]}"] if "." in arguments[0] else [])
     if not names:
         return f"Nothing is expected at {' '.join(arguments)}; an option begins with --."
     near = _nearest(names[0], options)

@@ -28,10 +28,7 @@ _PARTS = {
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},  # as Python 3.13 calls them
-    "torch": {
-        "Size",
-        *(str(each).removeprefix("torch.") for each in vars(torch).values() if type(each) is torch.dtype),
-    },
+    "torch": {"Size", *_DTYPES},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lit_bnfold import BatchNormMLP, FoldingError, NamesDataModule, load_folded
+from lit_bnfold import BatchNormFolding, BatchNormMLP, FoldingError, NamesDataModule, load_folded
 from lit_bnfold.checkpoint import MANIFEST, SIGNPOST, read_checkpoint
 from lit_bnfold.cli import NamesCLI, main
 from lit_bnfold.folding import Fold, FoldingPlan, Kept, Part
@@ -313,6 +313,33 @@ def test_any_configuration_is_taken_or_refused_in_a_sentence(
         assert not (tmp_path / "it_ran").exists()
 
     run_cases(case, configurations(), count, *ODD_CONFIGURATIONS)
+
+
+ODD_SECTIONS = [
+    yaml.safe_dump(section).encode()
+    for odd in (3, 0.5, True, "x", "..", "", [], [1], {}, {1: 2}, {"a": {"b": [1]}}, None)
+    for section in (
+        *({key: odd} for key in ("model", "data", "folding", "trainer", "seed_everything")),
+        *({key: {"class_path": odd}} for key in ("model", "data")),
+        *({"model": {"class_path": "lit_bnfold.BatchNormMLP", key: odd}} for key in ("init_args", "dict_kwargs")),
+        *({"folding": {key: odd}} for key in ("tolerance", "reestimate_batches", "export")),
+    )
+]
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(350, marks=pytest.mark.long)])
+def test_a_fold_with_any_configuration_is_done_or_refused_in_a_sentence(
+    count: int, saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(BatchNormFolding, "fold_checkpoint", lambda *args: None)
+
+    def case(content: bytes) -> None:
+        Path("config.yaml").write_bytes(content)
+        command("fold", "--ckpt_path", saved.last, "--config", "config.yaml")
+        assert not Path("it_ran").exists()
+
+    run_cases(case, configurations(), count, *ODD_CONFIGURATIONS, *ODD_SECTIONS)
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------

@@ -703,6 +703,56 @@ def test_a_checkpoint_of_other_words_is_refused(
     assert "Expected the 27 characters that the checkpoint was trained on, got 3" in said
 
 
+OTHER_HYPERPARAMETERS = {
+    "data": ({"datamodule_hyper_parameters": {"root": "x", "batch_size": 4}}, "another data class, with root;"),
+    "model": ({"hyper_parameters": {"lr": 0.1, "width": 3, "depth": 2}}, "another model class, with width, depth;"),
+    "model_of_a_cli": (
+        {"hyper_parameters": {"_class_path": "shop.Net", "_instantiator": "lightning.pytorch.cli", "lr": 0.1}},
+        "a LightningCLI with the model class shop.Net;",
+    ),
+    "our_model_of_a_cli": (
+        {"hyper_parameters": {"_class_path": "lit_bnfold.BatchNormMLP", "_instantiator": "a.b", "lr": 0.1}},
+        "a LightningCLI with the model class lit_bnfold.BatchNormMLP;",
+    ),
+    "data_of_a_cli": (
+        {"datamodule_hyper_parameters": {"_class_path": "shop.Rows", "batch_size": 4}},
+        "a LightningCLI with the data class shop.Rows;",
+    ),
+}
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("name", OTHER_HYPERPARAMETERS)
+def test_a_checkpoint_of_another_project_is_sent_to_the_command_that_takes_it(
+    name: str, subcommand: str, saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And no option is named that nobody has typed."""
+    other, (hyperparameters, found) = tmp_path / "other.ckpt", OTHER_HYPERPARAMETERS[name]
+    torch.save(torch.load(saved.last, weights_only=True) | hyperparameters, other)
+    said = leaves(capsys, subcommand, "--ckpt_path", other, *QUIET, "--trainer.logger", "false")
+    assert said == (
+        f"lit-bnfold: {other}: expected a checkpoint that `lit-bnfold fit` wrote, got one of {found} to fold it: "
+        f"`lit-bnfold fold --ckpt_path {other} --model some.module.Class --data some.module.DataClass`."
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"batch_size": "x"}, "batch_size: expected an int, got 'x'; pass a whole number."),
+        ({"replacement": torch.zeros(3)}, "Object of type Tensor is not JSON serializable"),
+        ({"fractions": torch.ones(3, 3)}, "Boolean value of Tensor with more than one value is ambiguous"),
+    ],
+)
+def test_arguments_of_the_data_that_are_none_are_those_of_the_checkpoint(
+    arguments: dict[str, Any], sentence: str, saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.ckpt"
+    torch.save(torch.load(saved.last, weights_only=True) | {"datamodule_hyper_parameters": arguments}, other)
+    said = leaves(capsys, "test", "--ckpt_path", other, *QUIET, "--trainer.logger", "false")
+    assert said == f"lit-bnfold: {other}, `datamodule_hyper_parameters`: {sentence}"
+
+
 # Help -----------------------------------------------------------------------------------------------------------------
 
 # What the options of each command come from, by how they begin; what is linked to another option is not offered.

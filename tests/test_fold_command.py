@@ -462,13 +462,14 @@ WRONG = {
     "no_such_class": (["--model", "shop.nets.Nets", *ROWS], "--model: the module shop.nets has no class Nets."),
     "no_such_module": (["--model", "shop.nest.Net", *ROWS], "No module named 'shop.nest'."),
     "no_such_package": (["--model", "chop.nets.Net", *ROWS], "No module named 'chop'."),
-    "no_path": (["--model", "Net", *ROWS], "--model: expected a class as some.module.Class, got 'Net'."),
+    "no_path": (["--model", "Net", *ROWS], "--model: expected a class as some.module.Class, got 'Net'; write"),
+    "half_a_path": (["--model", "..Net", *ROWS], "--model: expected a class as some.module.Class, got '..Net'; write"),
     "script": (["--model", "__main__.Net", *ROWS], "name it as --model script.Net."),
-    "no_module": (["--model", "shop.nets.Backbone"], "--model: expected a LightningModule, and shop.nets.Backbone is"),
-    "no_class": (["--model", "shop.nets.torch"], "--model: expected a LightningModule, and shop.nets.torch is none."),
+    "no_module": (["--model", "shop.nets.Backbone"], "--model: expected a LightningModule, but shop.nets.Backbone is"),
+    "no_class": (["--model", "shop.nets.torch"], "expected a LightningModule, but shop.nets.torch is not one."),
     "data_as_model": (
         ["--model", "shop.data.Rows"],
-        "--model: expected a LightningModule, and shop.data.Rows is none.",
+        "--model: expected a LightningModule, but shop.data.Rows is not one.",
     ),
     "model_as_data": ([*NET, "--data", "shop.nets.Net"], "--data: expected a LightningDataModule"),
     "other_class": (["--model", "shop.nets.WithData", "--model.width=5"], "is no checkpoint of shop.nets.WithData"),
@@ -488,6 +489,7 @@ WRONG = {
         [*NET, *ROWS, "--model.weight=4"],
         "no option --model.weight; did you mean --model.width?",
     ),
+    "no_memory": ([*NET, *ROWS, "--model.width=10000000000000"], "shop.nets.Net cannot be made: [enforce fail"),
     "no_config": (["--config", "nowhere.yaml"], "Expected a configuration at nowhere.yaml, found no file."),
     "not_yaml": (["--config", "shop/nets.py"], "Expected YAML in shop/nets.py"),
     "no_output": ([*NET, *ROWS, "--output", "standalone.py"], "expected a directory, found a file at standalone.py."),
@@ -527,6 +529,77 @@ def test_a_configuration_of_another_class_is_refused(net_checkpoint: Path, tmp_p
         SystemExit, match=r"--model: expected the class of the configuration, shop\.nets\.Composed, got"
     ):
         main(["fold", "--ckpt_path", str(net_checkpoint), "--config", str(config), *NET, *QUIET])
+
+
+NO_OPTIONS = "expected names of options with their values, got {}; write each as `name: value`, or leave them out."
+NO_CLASS = "expected a class as some.module.Class, got {}; write its module and its name."
+
+WRONG_CONFIGS = {
+    "model: 3": "model: " + NO_OPTIONS.format(3),
+    "model: false": "model: " + NO_OPTIONS.format(False),
+    "model: [a]": "model: " + NO_OPTIONS.format(["a"]),
+    "model: {1: 2}": "model: " + NO_OPTIONS.format({1: 2}),
+    "model: {class_path: [a]}": "model.class_path: " + NO_CLASS.format(["a"]),
+    "model: {class_path: null}": "model.class_path: " + NO_CLASS.format(None),
+    "model: Net": "model: " + NO_CLASS.format("'Net'"),
+    "model: {class_path: shop.data.Rows}": "model: expected a LightningModule, but shop.data.Rows is not one.",
+    "model: {class_path: shop.nets.Net, init_args: 3}": "model.init_args: " + NO_OPTIONS.format(3),
+    "model: {class_path: shop.nets.Net, init_args: {0: 1}}": "model.init_args: " + NO_OPTIONS.format({0: 1}),
+    "model: {class_path: shop.nets.Net, dict_kwargs: [[1]]}": "model.dict_kwargs: " + NO_OPTIONS.format([[1]]),
+    "model: {class_path: shop.nets.Net, init_args: {widht: 3}}": "no option --model.widht; did you mean",
+    "model: {class_path: shop.nets.Net, init_args: {width: wide}}": "--model.width: expected int, got wide.",
+    "data: 0.5": "data: " + NO_OPTIONS.format(0.5),
+    "data: {class_path: {a: 1}}": "data.class_path: " + NO_CLASS.format({"a": 1}),
+    "folding: []": "folding: " + NO_OPTIONS.format([]),
+    "folding: {export: {a: 1}}": "--folding.export: expected Sequence, got {'a': 1}.",
+    "trainer: 3": "trainer: " + NO_OPTIONS.format(3),
+    "trainer: {precision: [1]}": "--trainer.precision: expected one of",
+    "seed_everything: {a: 1}": "--seed_everything: expected int, got {'a': 1}.",
+    "seed_everything: [1]": "--seed_everything: expected int, got [1].",
+}
+
+
+@pytest.mark.parametrize("config", WRONG_CONFIGS)
+@pytest.mark.usefixtures("shop")
+def test_a_configuration_of_another_shape_is_refused_with_its_file_and_the_place(
+    config: str, net_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(config)
+    with pytest.raises(SystemExit) as raised:
+        main(["fold", "--ckpt_path", str(net_checkpoint), "--config", str(path)])
+    said = str(raised.value.code)
+    assert said.startswith(f"lit-bnfold: {path}")
+    assert WRONG_CONFIGS[config] in said
+    assert "\n" not in said
+
+
+SILENT_CONFIG = """
+seed_everything: SEED
+model: {class_path: shop.nets.Net, init_args: null, dict_kwargs: null}
+data: {class_path: shop.data.Rows, init_args: {rows: 16, batch_size: 4}}
+folding: {tolerance: null, reestimate_batches: null, export: null}
+trainer: {precision: null, callbacks: 3}
+optimizer: null
+"""
+
+
+@pytest.mark.parametrize("seed", ["null", "true", "false"])
+@pytest.mark.usefixtures("shop")
+def test_what_a_configuration_leaves_open_is_no_mistake(seed: str, net_checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(SILENT_CONFIG.replace("SEED", seed))
+    args = ["--config", str(path), "--output", str(tmp_path / "out"), *QUIET]
+    main(["fold", "--ckpt_path", str(net_checkpoint), *args])
+    assert (tmp_path / "out" / "folded.ckpt").is_file()
+
+
+def test_a_class_that_a_checkpoint_names_and_that_is_none_is_refused(net_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(net_checkpoint, weights_only=True)
+    checkpoint["hyper_parameters"]["_class_path"] = "..Net"
+    torch.save(checkpoint, tmp_path / "net.ckpt")
+    with pytest.raises(SystemExit, match=r"the checkpoint's model: expected a class as .*, got '\.\.Net'; write"):
+        main(["fold", "--ckpt_path", str(tmp_path / "net.ckpt"), *ROWS, *QUIET])
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,10 @@ class Recorder:
         self._before_write: dict[Tensor, Tensor] = {}
         self._varying: set[int] = set()  # storages that hold something else than constants
         self._lent: dict[nn.Module, Tensor] = {}
-        self._attributes = {module: _attributes_of(module) for module in self._census.names if plans}
+        # By their names, for the hash of a metric of torchmetrics changes with its state.
+        self._attributes = {
+            name: (module, _attributes_of(module)) for module, name in self._census.names.items() if plans
+        }
         self._exit = ExitStack()
         if plans:
             for tensor, name in self._census.tensors.items():
@@ -207,8 +210,9 @@ class Recorder:
     def _note_decisions(self) -> None:
         """A Python value of a tensor may be what was put into an attribute, and decide there on the path to take."""
         if self.graph.forked:
-            changed = [module for module, before in self._attributes.items() if _attributes_of(module) != before]
-            self.graph.forked.update(self._census.names[module] for module in changed)
+            self.graph.forked.update(
+                name for name, (module, before) in self._attributes.items() if _attributes_of(module) != before
+            )
 
     # The model's own tensors come out as they went in.
 

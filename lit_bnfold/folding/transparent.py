@@ -245,13 +245,23 @@ def _last_axis(labels: Tensor) -> int:
     return max(axis for axis, size in enumerate(labels.shape) if size > 1)
 
 
+def _check_squeezes(graph: ValueGraph, call: Call) -> None:
+    """Of an axis that is longer here nothing is taken, and where it has size 1 those behind it take its place."""
+    if call.name == "aten.squeeze.dim":
+        before, _ = _shapes(graph, call)
+        if before and before[_argument(call, 1, "dim", 0)] != 1:
+            raise NotTransparent("drops an axis where that has size 1, which it has not here")
+
+
 def _squeeze_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    _check_squeezes(graph, call)
     # Squeezing and unsqueezing only remove and insert axes of size 1; labels have that size there as well.
     before, after = _shapes(graph, call)
     return labels.reshape(_with_ones(before, labels, after))
 
 
 def _squeeze_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    _check_squeezes(graph, call)
     before, after = _shapes(graph, call)
     return labels.reshape(_with_ones(after, labels, before))
 
@@ -658,7 +668,7 @@ def _parts(labels: Tensor, axis: int) -> list[bool]:
     """What is in an axis, from the outermost part to the innermost: channels (True), or others (False)."""
     if labels.shape[axis] == 1:
         return [False]
-    row = labels.movedim(axis, -1).flatten(0, -2)[0]
+    row = labels.movedim(axis, -1).reshape(-1, labels.shape[axis])[0]
     runs = row[torch.cat([row.new_ones(1, dtype=torch.bool), row[1:] != row[:-1]])]
     is_outside, is_inside = len(runs) > len(runs.unique()), len(row) > len(runs)
     return [*[False] * is_outside, True, *[False] * is_inside]

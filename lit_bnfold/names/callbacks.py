@@ -1,5 +1,7 @@
 """What the network has learned, to be looked at: names that it makes up, and where it puts the letters."""
 
+from __future__ import annotations
+
 import sys
 from typing import Any
 
@@ -44,7 +46,9 @@ class SampledNames(Callback):
         self._shown = self._known = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a prefix that cannot be, before anything else starts; let the data know which names are predicted."""
+        """Refuse what cannot be shown, before anything else starts; let the data know which names are predicted."""
+        if stage == "fit":
+            _network(pl_module)
         data = NamesDataModule.of(trainer)
         self.sampling.encode_prefix(data.stoi)
         if stage == "predict":
@@ -55,10 +59,9 @@ class SampledNames(Callback):
         loggers = tensorboard_loggers(trainer)
         if not loggers or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        assert isinstance(pl_module, BatchNormMLP)
         data = NamesDataModule.of(trainer)
         try:
-            names = sample_names(pl_module.net, data.stoi, data.block_size, self.sampling)
+            names = sample_names(_network(pl_module).net, data.stoi, data.block_size, self.sampling)
             text = "\n".join([*(_marked(name, data) for name in names), "", LEGEND])
         except ValueError as error:  # The training has gone wrong, and may end as it would without this.
             text = str(error)
@@ -105,16 +108,30 @@ class CharacterEmbedding(Callback):
         >>> trainer = Trainer(accelerator="cpu", callbacks=[CharacterEmbedding()], logger=False)
     """
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module and data that it cannot show, before training begins."""
+        if stage == "fit":
+            _network(pl_module)
+            NamesDataModule.of(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the embedding."""
-        assert isinstance(pl_module, BatchNormMLP)
         for logger in tensorboard_loggers(trainer):
             logger.experiment.add_embedding(
-                pl_module.net.get_parameter("embedding.weight"),  # (vocab_size, n_embd)
+                _network(pl_module).net.get_parameter("embedding.weight"),  # (vocab_size, n_embd)
                 metadata=[_label(character) for character in NamesDataModule.of(trainer).stoi],
                 global_step=trainer.global_step,
                 tag="characters",
             )
+
+
+def _network(pl_module: LightningModule) -> BatchNormMLP:
+    if not isinstance(pl_module, BatchNormMLP):
+        raise TypeError(
+            f"Expected a BatchNormMLP, which makes up names, got {type(pl_module).__name__}; pass one, or leave "
+            "SampledNames and CharacterEmbedding out of the callbacks."
+        )
+    return pl_module
 
 
 def _marked(name: str, data: NamesDataModule) -> str:

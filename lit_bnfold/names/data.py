@@ -1,5 +1,7 @@
 """Words in, batches of contexts and next characters out: the notebook's data set, for any file of words."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import random
@@ -139,7 +141,7 @@ class Examples:
     starts: Tensor
 
     @classmethod
-    def of_words(cls, windows: Tensor, firsts: Tensor, counts: Tensor) -> "Examples":
+    def of_words(cls, windows: Tensor, firsts: Tensor, counts: Tensor) -> Examples:
         """Make the examples of some words.
 
         Args:
@@ -287,9 +289,17 @@ class SequentialBatches:
         batch_size: Examples in a batch of one process; with several processes it can be one more.
         rank: Number of this process.
         world_size: Number of processes.
+
+    Raises:
+        ValueError: If there are fewer examples than processes.
     """
 
     def __init__(self, examples: Examples, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if len(examples) < world_size:
+            raise ValueError(
+                f"examples: expected at least one for each of the {world_size} processes, got {len(examples)}; add "
+                "words or use fewer devices."
+            )
         self.examples = examples
         self.batch_size = batch_size
         self.rank = rank
@@ -397,7 +407,7 @@ class NamesDataModule(LightningDataModule):
         self.sampling = Sampling()
 
     @staticmethod
-    def of(trainer: Trainer) -> "NamesDataModule":
+    def of(trainer: Trainer) -> NamesDataModule:
         """Return the data of a trainer.
 
         Args:
@@ -481,9 +491,9 @@ class NamesDataModule(LightningDataModule):
         _ = self.stoi
 
     def setup(self, stage: str | None = None) -> None:
-        """Build the splits, which are the same for every stage that takes them."""
+        """Build the splits, which are the same for every stage, and refuse one that is too small for the processes."""
         if stage != "predict":
-            _ = self.splits
+            self._in_order("test" if stage == "test" else "val")
 
     def train_dataloader(self) -> RandomBatches:
         """Return batches drawn at random, from where the trainer's run stands."""
@@ -498,15 +508,23 @@ class NamesDataModule(LightningDataModule):
 
     def val_dataloader(self) -> SequentialBatches:
         """Return every validation example once."""
-        return SequentialBatches(self.splits["val"], self.eval_batch_size, *self._process())
+        return self._in_order("val")
 
     def test_dataloader(self) -> SequentialBatches:
         """Return every test example once."""
-        return SequentialBatches(self.splits["test"], self.eval_batch_size, *self._process())
+        return self._in_order("test")
 
     def predict_dataloader(self) -> NameNumbers:
         """Return the numbers of the names to sample."""
         return NameNumbers(self.sampling.number)
+
+    def _in_order(self, split: str) -> SequentialBatches:
+        """Return every example of a split once."""
+        examples = self.splits[split]
+        try:
+            return SequentialBatches(examples, self.eval_batch_size, *self._process())
+        except ValueError as error:
+            raise ValueError(f"{self.path}, split {split!r}: {error}") from error
 
     def _process(self) -> tuple[int, int]:
         """Return the rank of this process and the number of processes."""

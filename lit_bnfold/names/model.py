@@ -1,5 +1,7 @@
 """The notebook's network: a multilayer perceptron over the last few characters, with a BatchNorm after every layer."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,5 +1,7 @@
 """Names out of a network: the notebook's sampling loop, for many names at once."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Iterator
 from copy import deepcopy

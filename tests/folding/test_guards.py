@@ -1592,3 +1592,41 @@ def test_channels_between_rows_and_columns_keep_the_batchnorm_however_they_came_
     model = net(forward, bn=nn.BatchNorm2d(4), fc=nn.Linear(48, 3))
     wide, square = torch.randn(3, 4, 2, 6, dtype=torch.float64), torch.randn(3, 4, 3, 4, dtype=torch.float64)
     judge(model, wide, kept={"bn": "no-layer"}, others=[(square,)])
+
+
+def test_squeeze_of_an_axis_that_is_longer_in_the_example_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    # An image of one column loses that axis, and what is left is taken for one image without a batch.
+    model = net(lambda m, x: m.conv(m.bn(x).squeeze(3)).tanh(), bn=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 4, 1))
+    image, column = torch.randn(5, 4, 8, 8, dtype=torch.float64), torch.randn(4, 4, 4, 1, dtype=torch.float64)
+    judge(model, image, kept={"bn": "no-layer"}, others=[(column,)])
+
+
+def test_join_of_scalars_behind_channels_is_no_axis_around_them(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.fc(torch.stack(m.bn(x)[0, :, 0].unbind(0))), bn=nn.BatchNorm1d(3), fc=nn.Linear(3, 2))
+    judge(model, torch.randn(5, 3, 4, dtype=torch.float64), folds={"bn": ["fc"]})
+
+
+class Counting(nn.Module):
+    """Like a metric, whose hash is that of its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.count))
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def forward(self, x: Tensor) -> float:
+        self.count += 1
+        return float(x.sum())
+
+
+def test_module_whose_hash_changes_in_the_run_is_known_all_the_same(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.block(x) * m.metric(x)
+
+    block = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    judge(net(forward, metric=Counting(), block=block), X, folds={"block.1": ["block.0"]})

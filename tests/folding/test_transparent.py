@@ -165,7 +165,7 @@ def test_mapping_the_inputs_is_mapping_the_outputs(net: Any, case: str) -> None:
                 continue
             assert found.same_as(asked), "what comes down is what was asked for"
             passed += 1
-    assert passed or case == "mean over everything"
+    assert passed or case in ("mean over everything", "squeeze of no axis")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -146,6 +146,36 @@ def test_a_prefix_that_cannot_be_is_refused_before_training_begins(data: NamesDa
     assert names.at == {}
 
 
+class Other(LightningModule):
+    """A module of somebody else, which has nothing to show."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        raise AssertionError("the training has begun")
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize("callback", [SampledNames, CharacterEmbedding])
+def test_another_module_is_refused_before_training_begins(
+    callback: type[Callback], tmp_path: Path, data: NamesDataModule
+) -> None:
+    logger = TensorBoardLogger(tmp_path, "", "")
+    with pytest.raises(
+        TypeError, match=r"^Expected a BatchNormMLP, which makes up names, got Other; pass one, or leave"
+    ):
+        trainer(callback(), logger=logger, max_steps=1).fit(Other(), data)
+
+
+def test_other_data_is_refused_before_training_begins(tmp_path: Path, data: NamesDataModule) -> None:
+    fitting = trainer(CharacterEmbedding(), logger=TensorBoardLogger(tmp_path, "", ""), max_steps=1)
+    with pytest.raises(TypeError, match=r"^Expected a NamesDataModule, which knows the characters, got None; pass one"):
+        fitting.fit(BatchNormMLP(data.vocab_size, n_hidden=8), data.train_dataloader(), data.val_dataloader())
+    assert fitting.global_step == 0
+
+
 # On the terminal
 
 

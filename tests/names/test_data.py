@@ -332,6 +332,27 @@ def test_every_evaluation_example_comes_exactly_once(count: int, batch_size: int
     assert sorted(torch.cat([torch.cat(of_rank) for of_rank in batches]).tolist()) == list(range(count))
 
 
+def test_fewer_evaluation_examples_than_processes_are_refused() -> None:
+    examples = Examples(torch.zeros(3, 4), torch.arange(3))
+    assert len(list(SequentialBatches(examples, 8, rank=2, world_size=3))) == 1
+    with pytest.raises(ValueError, match=r"^examples: expected at least one for each of the 4 processes, got 3; add"):
+        SequentialBatches(examples, 8, rank=0, world_size=4)
+
+
+@pytest.mark.parametrize(("stage", "split"), [("fit", "val"), ("validate", "val"), ("test", "test")])
+def test_a_split_that_is_too_small_for_the_processes_is_named_before_anything_starts(
+    stage: str, split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = NamesDataModule(write(tmp_path / "words.txt", "ab\n" * 10))
+    data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    monkeypatch.setattr(Trainer, "world_size", 4)
+    with pytest.raises(
+        ValueError, match=rf"words\.txt, split '{split}': examples: .* 4 processes, got 3; add words or"
+    ):
+        data.setup(stage)
+    data.setup("predict")
+
+
 def test_every_loader_has_its_own_split_and_knows_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     data = NamesDataModule()
     data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
