@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_bnfold.callbacks.export import FILES, Call, Export, check_extras, export_files, first_call
+from lit_bnfold.callbacks.export import FILES, ExampleCall, Export, check_extras, export_files, first_call
 from lit_bnfold.callbacks.html_report import write_html
 from lit_bnfold.callbacks.inference import Inference, eval_copy, measure_inference, runnable_copy
 from lit_bnfold.callbacks.proof import GraphWitness, LayerWitness, Witness, output_error
@@ -46,8 +46,8 @@ from lit_bnfold.checkpoint import (
 )
 from lit_bnfold.folding import FoldingError, FoldingPlan
 from lit_bnfold.folding.kinds import KINDS
-from lit_bnfold.folding.record import address_of
 from lit_bnfold.folding.rewrite import folded_in_place
+from lit_bnfold.folding.tensors import address_of
 from lit_bnfold.layer_sync import ordinary_batchnorms
 
 _Validate = Callable[[Sequence[Callback]], ValidationRun | None]
@@ -339,14 +339,7 @@ class BatchNormFolding(Callback):
         best: tuple[str, float] | None = None,
     ) -> None:
         """The order of events: validate and watch, plan, fold, validate again, compare, write."""
-        self._stages.begin("validating the original")
-        with GraphWitness(pl_module) as original:
-            before = validate([original])
-            no_batch = not original.batches
-            if no_batch:
-                self._stages.clear()
-                rank_zero_info("There is nothing to validate on: the folded module is proven on one example alone.")
-                self._run_example(trainer, pl_module, original)
+        original, before = self._watch_original(trainer, pl_module, validate)
         self._stages.begin("trying out what can be folded")
         plan = _in_all_processes(trainer, original.plan(), pl_module)
         folded = LayerWitness(pl_module, plan, self.tolerance)
@@ -357,19 +350,15 @@ class BatchNormFolding(Callback):
             with folded, first_call(pl_module) as calls:
                 after = validate([folded])
                 seconds = time.perf_counter() - start
-                if no_batch:
+                if original.is_of_an_example:
                     self._run_example(trainer, pl_module, folded)
-            layer_errors = [folded.error_of(fold) for fold in plan.folds]
-            outputs = output_error(plan, original, folded)
-            tolerance = self.tolerance or _default_tolerance(trainer, pl_module)
-            runs = (before, after)
             self.report = make_report(
                 plan,
-                layer_errors,
-                runs,
-                outputs,
+                [folded.error_of(fold) for fold in plan.folds],
+                (before, after),
+                output_error(plan, original, folded),
                 weights,
-                tolerance,
+                self.tolerance or _default_tolerance(trainer, pl_module),
                 objection=folded.objection(),
                 reestimated=reestimated,
                 best=best,
@@ -385,6 +374,18 @@ class BatchNormFolding(Callback):
         self.plan = plan
         self._conclude(trainer, pl_module, directory)
 
+    def _watch_original(
+        self, trainer: Trainer, pl_module: LightningModule, validate: _Validate
+    ) -> tuple[GraphWitness, ValidationRun | None]:
+        self._stages.begin("validating the original")
+        with GraphWitness(pl_module) as original:
+            before = validate([original])
+            if not original.batches:
+                self._stages.clear()
+                rank_zero_info("There is nothing to validate on: the folded module is proven on one example alone.")
+                self._run_example(trainer, pl_module, original)
+        return original, before
+
     def _run_example(self, trainer: Trainer, pl_module: LightningModule, witness: Witness) -> None:
         """Without a validation loader: one call of ``forward``, and the agreement of its outputs alone."""
         example, source = pl_module.example_input_array, "its `example_input_array`"
@@ -393,7 +394,8 @@ class BatchNormFolding(Callback):
             # Both versions get the same batch, and training's random numbers stay as they were.
             batch = first_training_batch(trainer, pl_module)
             example = batch[0] if isinstance(batch, (list, tuple)) else batch
-        call = Call.of(example)
+        call = ExampleCall.of(example)
+        witness.is_of_an_example = True
         witness.batches.append((call.args, call.kwargs))
         flags = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
@@ -416,9 +418,9 @@ class BatchNormFolding(Callback):
         pl_module: LightningModule,
         plan: FoldingPlan,
         directory: Path,
-        calls: Sequence[Call],
+        calls: Sequence[ExampleCall],
         trained: Collection[int | None],
-        measure: Callable[[LightningModule | None, Sequence[Call]], Inference],
+        measure: Callable[[LightningModule | None, Sequence[ExampleCall]], Inference],
     ) -> None:
         """Write the files while the module is folded, and keep a copy of it."""
         assert self.report is not None

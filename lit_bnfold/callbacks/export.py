@@ -84,14 +84,14 @@ def check_extras(exports: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Call:
+class ExampleCall:
     """The arguments of a call of a module's ``forward``."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     @classmethod
-    def of(cls, example: Any) -> Call:
+    def of(cls, example: Any) -> ExampleCall:
         """The call that an ``example_input_array`` stands for: a dict holds keywords, a tuple positions."""
         if isinstance(example, dict):
             return cls((), example)
@@ -115,12 +115,12 @@ class Call:
         leaves = pytree.tree_leaves((self.args, self.kwargs))
         return len({len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0}) == 1
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Call:
+    def map(self, function: Callable[[Tensor], Tensor]) -> ExampleCall:
         """The call with something done to each of its tensors."""
         args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))
-        return Call(args, kwargs)
+        return ExampleCall(args, kwargs)
 
-    def of_size(self, rows: int) -> Call:
+    def of_size(self, rows: int) -> ExampleCall:
         """The call with so many rows in its batch: the first ones, again and again if there are too few."""
         size = self.batch_size
         if size == 0:
@@ -142,7 +142,7 @@ def _has_batch(tensor: Tensor, size: int) -> bool:
 
 
 @contextmanager
-def first_call(module: torch.nn.Module) -> Iterator[list[Call]]:
+def first_call(module: torch.nn.Module) -> Iterator[list[ExampleCall]]:
     """Note the first call of a module.
 
     Args:
@@ -152,20 +152,20 @@ def first_call(module: torch.nn.Module) -> Iterator[list[Call]]:
         A list that the first call is put into, with its tensors copied to the CPU. If there is none, it holds the
         module's ``example_input_array`` in the end, if it has one.
     """
-    calls: list[Call] = []
+    calls: list[ExampleCall] = []
 
     def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not calls:
             # Validation may run in inference mode, whose tensors cannot be exported.
             with torch.inference_mode(False):
-                calls.append(Call(args, kwargs).map(lambda tensor: tensor.detach().to("cpu", copy=True)))
+                calls.append(ExampleCall(args, kwargs).map(lambda tensor: tensor.detach().to("cpu", copy=True)))
 
     hook = module.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield calls
         example = getattr(module, "example_input_array", None)
         if not calls and example is not None:
-            calls.append(Call.of(example))
+            calls.append(ExampleCall.of(example))
     finally:
         hook.remove()
 
@@ -174,7 +174,7 @@ def export_files(
     exports: Sequence[str],
     trainer: Trainer,
     folded: LightningModule | None,
-    calls: Sequence[Call],
+    calls: Sequence[ExampleCall],
     directory: Path,
     tolerance: float,
     tell: Callable[[str], None],
@@ -212,7 +212,7 @@ def export_files(
 
 
 def _export(
-    export: str, folded: LightningModule | None, calls: Sequence[Call], part: Path, tolerance: float
+    export: str, folded: LightningModule | None, calls: Sequence[ExampleCall], part: Path, tolerance: float
 ) -> dict[str, float]:
     if folded is None:
         raise FoldingError("the folded module cannot be copied")
@@ -242,11 +242,11 @@ def _check_names(module: torch.nn.Module) -> None:
 class _Check(NamedTuple):
     """A call, and the tensors that the folded module makes of it."""
 
-    call: Call
+    call: ExampleCall
     expected: list[Tensor]
 
 
-def _checks(module: torch.nn.Module, call: Call) -> list[_Check]:
+def _checks(module: torch.nn.Module, call: ExampleCall) -> list[_Check]:
     """Calls of other batch sizes than that of ``call``."""
     larger, single = call.of_size(call.batch_size + 1), call.of_size(1)
     checks = [_Check(larger, _outputs(module, larger))]
@@ -274,24 +274,24 @@ def _error(checks: list[_Check], answers: list[list[Tensor]], tolerance: float) 
     return errors
 
 
-def _outputs(module: torch.nn.Module, call: Call) -> list[Tensor]:
+def _outputs(module: torch.nn.Module, call: ExampleCall) -> list[Tensor]:
     """The tensors that a call gives, in the order that torch flattens them in."""
     return [leaf for leaf in pytree.tree_leaves(_run(module, call)) if isinstance(leaf, Tensor)]
 
 
-def _run(module: torch.nn.Module, call: Call) -> Any:
+def _run(module: torch.nn.Module, call: ExampleCall) -> Any:
     # Some modules write into what they are given.
     own = call.map(Tensor.clone)
     return module(*own.args, **own.kwargs)
 
 
-def _write_program(module: torch.nn.Module, call: Call, shapes: dict[str, Any], part: Path) -> None:
+def _write_program(module: torch.nn.Module, call: ExampleCall, shapes: dict[str, Any], part: Path) -> None:
     program = torch.export.export(module, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
     with part.open("wb") as file:
         torch.export.save(program, file)
 
 
-def _run_program(part: Path, calls: list[Call]) -> list[list[Tensor]]:
+def _run_program(part: Path, calls: list[ExampleCall]) -> list[list[Tensor]]:
     """Run a program in a process that knows nothing of the module's code."""
     with tempfile.TemporaryDirectory() as directory:
         asked, answered = Path(directory) / "calls.pt", Path(directory) / "answers.pt"
@@ -306,7 +306,7 @@ def _run_program(part: Path, calls: list[Call]) -> list[list[Tensor]]:
     return answers
 
 
-def _write_onnx(module: torch.nn.Module, call: Call, shapes: dict[str, Any], part: Path) -> None:
+def _write_onnx(module: torch.nn.Module, call: ExampleCall, shapes: dict[str, Any], part: Path) -> None:
     program = torch.onnx.export(
         module,
         call.args,
@@ -319,14 +319,14 @@ def _write_onnx(module: torch.nn.Module, call: Call, shapes: dict[str, Any], par
     program.save(part, external_data=False)
 
 
-def _output_names(module: torch.nn.Module, call: Call) -> list[str]:
+def _output_names(module: torch.nn.Module, call: ExampleCall) -> list[str]:
     """A name for each output: that of its place in what ``forward`` returns."""
     leaves, _ = pytree.tree_flatten_with_path(_run(module, call))
     places = [re.sub(r"\W+", "_", pytree.keystr(path)).strip("_") for path, leaf in leaves if isinstance(leaf, Tensor)]
     return ["output" if not place else f"output_{place}" if place.isdigit() else place for place in places]
 
 
-def _run_onnx(part: Path, calls: list[Call]) -> list[list[Tensor]]:
+def _run_onnx(part: Path, calls: list[ExampleCall]) -> list[list[Tensor]]:
     # This way it needs no types, which it has not, and nobody pays for it who exports nothing.
     onnxruntime = import_module("onnxruntime")
     options = onnxruntime.SessionOptions()

@@ -20,10 +20,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_bnfold.callbacks.export import Call, quietly, reason_of
+from lit_bnfold.callbacks.export import ExampleCall, quietly, reason_of
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.folding.copying import copy_model, stand_in
-from lit_bnfold.folding.record import tensors_in
+from lit_bnfold.folding.tensors import tensors_in
 
 Inference = dict[str, Any]
 
@@ -95,7 +95,7 @@ def _undisturbed() -> Iterator[None]:
         yield
 
 
-def _obstacle_to_running(trainer: Trainer, calls: Sequence[Call]) -> str | None:
+def _obstacle_to_running(trainer: Trainer, calls: Sequence[ExampleCall]) -> str | None:
     """Why copies of a module are not run, in words; None if they can be."""
     if trainer.world_size > 1:
         return "one of several processes does not run the module alone"
@@ -108,7 +108,7 @@ def measure_inference(
     trainer: Trainer,
     original: LightningModule | None,
     folded: LightningModule | None,
-    calls: Sequence[Call],
+    calls: Sequence[ExampleCall],
     *,
     validation_seconds: float,
 ) -> Inference:
@@ -155,7 +155,7 @@ def _time_for(validation_seconds: float) -> float:
     return min(max(_SHARE * validation_seconds, of_short, _LEAST), _MOST)
 
 
-def _run_both(inference: Inference, versions: _Versions, call: Call, seconds: float) -> None:
+def _run_both(inference: Inference, versions: _Versions, call: ExampleCall, seconds: float) -> None:
     inference["operations"], memory = _operations(versions, call.of_size(1))
     start = time.perf_counter()
     # A single example takes the least time, and what it leaves is for the large batch.
@@ -204,7 +204,7 @@ class _Operations(TorchDispatchMode):
         return output
 
 
-def _operations(versions: _Versions, call: Call) -> tuple[dict[str, int], int]:
+def _operations(versions: _Versions, call: ExampleCall) -> tuple[dict[str, int], int]:
     """The number of operations of both versions, and the bytes that those of the larger one make."""
     counts, most = {}, 0
     for name, module in versions._asdict().items():
@@ -214,7 +214,9 @@ def _operations(versions: _Versions, call: Call) -> tuple[dict[str, int], int]:
     return counts, most
 
 
-def _add_latency(inference: Inference, versions: _Versions, call: Call, rows: int, seconds: float, memory: int) -> None:
+def _add_latency(
+    inference: Inference, versions: _Versions, call: ExampleCall, rows: int, seconds: float, memory: int
+) -> None:
     """Add the latency of a batch, or the reason why there is none."""
     try:
         if memory > _MOST_MEMORY:
@@ -227,7 +229,7 @@ def _add_latency(inference: Inference, versions: _Versions, call: Call, rows: in
     inference["latency"].append({"batch_size": rows, "runs": len(pairs), "seconds": medians})
 
 
-def _pairs(versions: _Versions, call: Call, rows: int, seconds: float) -> list[tuple[float, float]]:
+def _pairs(versions: _Versions, call: ExampleCall, rows: int, seconds: float) -> list[tuple[float, float]]:
     """Run both versions in turn for a while; the times of each pair."""
     deadline, size, smaller, less = time.perf_counter() + seconds, 1, 0, 0.0
     while True:
@@ -251,7 +253,7 @@ def _pairs(versions: _Versions, call: Call, rows: int, seconds: float) -> list[t
     return pairs
 
 
-def _pair(versions: _Versions, call: Call, *, turned: bool) -> tuple[float, float]:
+def _pair(versions: _Versions, call: ExampleCall, *, turned: bool) -> tuple[float, float]:
     """Seconds of one run of the original and one of the folded module, the latter first if ``turned``."""
     if turned:
         folded = _seconds(versions.folded, call)
@@ -259,7 +261,7 @@ def _pair(versions: _Versions, call: Call, *, turned: bool) -> tuple[float, floa
     return _seconds(versions.original, call), _seconds(versions.folded, call)
 
 
-def _seconds(module: nn.Module, call: Call) -> float:
+def _seconds(module: nn.Module, call: ExampleCall) -> float:
     # Some modules write into what they are given.
     own = call.map(Tensor.clone)
     _finish(own)
@@ -269,7 +271,7 @@ def _seconds(module: nn.Module, call: Call) -> float:
     return time.perf_counter() - start
 
 
-def _finish(call: Call) -> None:
+def _finish(call: ExampleCall) -> None:
     """Wait for the device to do what it was told."""
     if any(tensor.is_cuda for tensor in tensors_in((call.args, call.kwargs))):
         torch.cuda.synchronize()

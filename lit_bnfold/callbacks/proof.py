@@ -26,8 +26,9 @@ from lit_bnfold.folding.exact import exact_numbers
 from lit_bnfold.folding.graph import ValueGraph
 from lit_bnfold.folding.kinds import KINDS, LayerKind
 from lit_bnfold.folding.moved import Function, moves, own_numbers, with_numbers
-from lit_bnfold.folding.record import Recorder, tensors_in
+from lit_bnfold.folding.record import Recorder
 from lit_bnfold.folding.search import make_plan
+from lit_bnfold.folding.tensors import tensors_in
 from lit_bnfold.metrics import OutputError
 
 if TYPE_CHECKING:
@@ -58,12 +59,14 @@ class Witness(Callback):
 
     Attributes:
         batches: The batches that were watched.
+        is_of_an_example: Whether that is one example, because there was no batch.
         calls: The outermost module calls that they led to.
     """
 
     def __init__(self, pl_module: LightningModule) -> None:
         self.pl_module = pl_module
         self.batches: list[Any] = []
+        self.is_of_an_example = False
         self.calls: list[OutermostCall] = []
         self._recorder: Recorder | None = None
         self._calls_in_first_batch: int | None = None

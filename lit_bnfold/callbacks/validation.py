@@ -1,8 +1,9 @@
 """One run of a module's own validation, or of its training steps, in the middle of a fit, that leaves no trace.
 
 Lightning has no public way to validate from inside a hook of ``Trainer.fit``, so this file drives the fit's own
-validation loop. It is the only file of this package that touches names private to Lightning. Most of them are never
-spelled out: whole objects are put back as they were, with whatever attributes their version of Lightning gives them.
+validation loop. It is the only file of this package that touches private names of Lightning's Trainer. Most of them are
+never spelled out: whole objects are put back as they were, with whatever attributes their version of Lightning gives
+them.
 """
 
 import random
@@ -33,7 +34,7 @@ from torch.optim.optimizer import (
 from torchmetrics import Metric
 
 from lit_bnfold.folding import FoldingError
-from lit_bnfold.folding.record import WITHOUT_TENSORS
+from lit_bnfold.folding.tensors import WITHOUT_TENSORS
 
 _GENERATORS = (torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState)
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)

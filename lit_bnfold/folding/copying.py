@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lit_bnfold.folding.graph import FoldingError
 from lit_bnfold.folding.kinds import own_tensors
-from lit_bnfold.folding.record import WITHOUT_TENSORS, holds_no_tensor, tensors_in
+from lit_bnfold.folding.tensors import WITHOUT_TENSORS, holds_no_tensor, tensors_in
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

@@ -15,7 +15,7 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import FunctionType, TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -40,6 +40,7 @@ from lit_bnfold.folding.kinds import (
     Normalisation,
     own_tensors,
 )
+from lit_bnfold.folding.tensors import WITHOUT_TENSORS, address_of, holds_no_tensor, memory_of, tensors_in
 
 # Through these, Python gets hold of numbers or of memory without an operation that a dispatch mode could see.
 _ESCAPES = {
@@ -85,9 +86,6 @@ _REVEALING = {
 
 # Namespaces of operations whose shapes depend on shapes alone, unless they say so.
 _TORCHS = {"aten", "prim", "prims", "quantized", "profiler"}
-
-WITHOUT_TENSORS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
-"""Types of what holds no tensor and may be shared by a copy."""
 
 # Those of torch, of TensorFlow and of published detection models.
 _USUAL_EPS = (1e-5, 1e-3, 1e-6, 1e-4, 1e-8, 1e-12, 0.0)
@@ -625,21 +623,20 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _attributes_of(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that could decide on something in Python, with what is in their lists and dicts."""
-    return {key: _content(value) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+    """The public attributes of a module that hold plain values, and the plain values in its lists and dicts."""
+    return {
+        key: _plain_values(value)
+        for key, value in vars(module).items()
+        if key not in _OF_EVERY_MODULE and not key.startswith("_")
+    }
 
 
-def _content(value: Any) -> Any:
+def _plain_values(value: Any) -> Any:
     if isinstance(value, dict):
-        return [(_plainly(key), _plainly(each)) for key, each in value.items()]
-    return list(map(_plainly, value)) if isinstance(value, (list, tuple, set, deque)) else _plainly(value)
-
-
-def _plainly(value: Any) -> Any:
-    """A plain value, or what tells an object from others; a tensor that becomes a Python value is seen when it does."""
-    if type(value) in WITHOUT_TENSORS:
-        return value
-    return Tensor if isinstance(value, Tensor) else id(value)
+        return {key: each for key, each in value.items() if type(each) in WITHOUT_TENSORS}
+    if isinstance(value, (list, tuple, set, deque)):
+        return [each for each in value if type(each) in WITHOUT_TENSORS]
+    return value if type(value) in WITHOUT_TENSORS else None
 
 
 def _is_foreign(function: Callable[..., Any]) -> bool:
@@ -757,7 +754,7 @@ class _Ledger:
             constant=constant,
         )
         if self._follows_memory:
-            storage, address = _memory_of(tensor)
+            storage, address = memory_of(tensor)
             value.storage, value.fate = self._storage(storage, address), _unfollowable(tensor, address)
         self._graph.values.append(value)
         self._follow(tensor, value.index)
@@ -810,39 +807,6 @@ def _unfollowable(tensor: Tensor, address: int | None) -> str | None:
     return None
 
 
-def holds_no_tensor(value: Any) -> bool:
-    """Whether a value is a plain one, or a tuple of such; it may be shared by a copy.
-
-    Args:
-        value: Anything; of other containers this does not say whether there are tensors in them.
-    """
-    kind = type(value)
-    return kind in WITHOUT_TENSORS or (kind is tuple and WITHOUT_TENSORS.issuperset(map(type, value)))
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Find the tensors in nested containers, dataclasses and plain objects, each occurrence once per container.
-
-    Args:
-        tree: Anything.
-
-    Yields:
-        The tensors, of any shape.
-
-    Example:
-        >>> [t.item() for t in tensors_in({"a": torch.tensor(1), "b": [torch.tensor(2), "no tensor"]})]
-        [1, 2]
-    """
-    pending, seen = [tree], set[int]()
-    while pending:
-        branch = pending.pop()
-        if isinstance(branch, Tensor):
-            yield branch
-        elif id(branch) not in seen and not holds_no_tensor(branch) and not isinstance(branch, nn.Module):
-            seen.add(id(branch))
-            pending += [each for each in reversed(_branches(branch)) if type(each) not in WITHOUT_TENSORS]
-
-
 def _tensors_given(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
     """The same as ``tensors_in`` both, and faster: nearly all of a call's tensors lie in no container."""
     found: list[Tensor] = []
@@ -852,20 +816,6 @@ def _tensors_given(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None)
         elif not holds_no_tensor(each):
             found += tensors_in(each)
     return found
-
-
-def _branches(tree: Any) -> Sequence[Any]:
-    if isinstance(tree, (list, tuple)):
-        return tree
-    if isinstance(tree, dict):
-        return list(tree.values())
-    if isinstance(tree, (set, frozenset)):
-        return list(tree)
-    if isinstance(tree, type):
-        return []
-    if is_dataclass(tree):
-        return [getattr(tree, field.name, None) for field in fields(tree)]
-    return list(getattr(tree, "__dict__", {}).values())
 
 
 def _with_refs(tree: Any, read: dict[int, Value]) -> Any:
@@ -964,16 +914,3 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: s
 
 def _has_mask(indices: Any) -> bool:
     return any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(indices))
-
-
-def address_of(tensor: Tensor) -> int | None:
-    """Where a tensor's storage lies in memory; 0 for an empty one, None where torch does not tell."""
-    return _memory_of(tensor)[1]
-
-
-def _memory_of(tensor: Tensor) -> tuple[torch.UntypedStorage | None, int | None]:
-    try:
-        storage = tensor.untyped_storage()
-        return storage, storage.data_ptr()
-    except (NotImplementedError, RuntimeError):
-        return None, None

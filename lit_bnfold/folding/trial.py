@@ -28,8 +28,9 @@ from lit_bnfold.folding.graph import FoldingError, Obstacle, ValueGraph
 from lit_bnfold.folding.kinds import Kinds, LayerKind
 from lit_bnfold.folding.moved import Function, moves
 from lit_bnfold.folding.plan import Fold, FoldingPlan
-from lit_bnfold.folding.record import Recorder, address_of, tensors_in
+from lit_bnfold.folding.record import Recorder
 from lit_bnfold.folding.rewrite import erase, make_ordinary
+from lit_bnfold.folding.tensors import address_of, tensors_in
 
 # A copy of so many numbers in float64 takes 1 GiB.
 _MOST_NUMBERS = 2**27

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lit_bnfold.callbacks.export as exporting
 from lit_bnfold import BatchNormFolding, FoldingError, load_folded
-from lit_bnfold.callbacks.export import Call, check_extras, export_files, first_call
+from lit_bnfold.callbacks.export import ExampleCall, check_extras, export_files, first_call
 
 pytestmark = [
     # With older ones some modules are refused, in a sentence.
@@ -105,7 +105,7 @@ def fit(tmp_path: Path, module: nn.Module, folding: BatchNormFolding, **kwargs: 
 
 def export(tmp_path: Path, module: nn.Module, kind: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     assert isinstance(module, LightningModule)
-    trainer, calls = quiet_trainer(tmp_path), [Call(args, kwargs)]
+    trainer, calls = quiet_trainer(tmp_path), [ExampleCall(args, kwargs)]
     return export_files([kind], trainer, module.eval(), calls, tmp_path, 1e-5, lambda stage: None)[kind]
 
 
@@ -181,7 +181,7 @@ def _axes(value: Any) -> list[Any]:
 def test_several_inputs_and_outputs_in_any_structure_are_exported(
     kind: str, onnx: Any, tmp_path: Path, randomised: Randomised, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_here(part: Path, calls: list[Call]) -> list[list[Tensor]]:
+    def run_here(part: Path, calls: list[ExampleCall]) -> list[list[Tensor]]:
         with part.open("rb") as file:
             program = torch.export.load(file).module()
         return [exporting._outputs(program, call) for call in calls]
@@ -208,19 +208,19 @@ def test_several_inputs_and_outputs_in_any_structure_are_exported(
 
 
 def test_a_module_that_takes_no_single_example_is_checked_on_a_larger_batch_alone(randomised: Randomised) -> None:
-    checks = exporting._checks(randomised(Comparing()).eval(), Call((torch.randn(4, 4),), {}))
+    checks = exporting._checks(randomised(Comparing()).eval(), ExampleCall((torch.randn(4, 4),), {}))
     assert [check.call.batch_size for check in checks] == [5]
 
 
 def test_an_example_input_array_serves_where_validation_does_not_call_the_module(
     tmp_path: Path, randomised: Randomised, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def note(_kind: str, _folded: Any, calls: list[Call], part: Path, _tolerance: float) -> dict[str, float]:
+    def note(_kind: str, _folded: Any, calls: list[ExampleCall], part: Path, _tolerance: float) -> dict[str, float]:
         part.touch()
         noted.extend(calls)
         return {"max_abs": 0.0, "max_rel": 0.0}
 
-    noted: list[Call] = []
+    noted: list[ExampleCall] = []
     monkeypatch.setattr(exporting, "_export", note)
     for kind in (Bypassing, Tiny):
         module = randomised(kind())
@@ -261,7 +261,7 @@ def test_a_file_that_gives_other_numbers_is_not_put_in_place(
 def test_a_file_for_one_batch_size_only_is_not_put_in_place(
     onnx: Any, tmp_path: Path, randomised: Randomised, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Call, "dynamic_shapes", lambda *_: None)
+    monkeypatch.setattr(ExampleCall, "dynamic_shapes", lambda *_: None)
     assert "Got: 5 Expected: 4" in export(tmp_path, randomised(Tiny()), "onnx", torch.randn(4, 4))["failure"]
     assert names_in(tmp_path) == set()
 
@@ -269,7 +269,7 @@ def test_a_file_for_one_batch_size_only_is_not_put_in_place(
 def test_a_file_that_gives_other_shapes_is_not_put_in_place(
     onnx: Any, tmp_path: Path, randomised: Randomised, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def flat(part: Path, calls: list[Call]) -> list[list[Tensor]]:
+    def flat(part: Path, calls: list[ExampleCall]) -> list[list[Tensor]]:
         first, *others = right(part, calls)
         return [first, *([output.flatten() for output in answer] for answer in others)]
 
@@ -283,7 +283,7 @@ def test_a_file_that_gives_other_shapes_is_not_put_in_place(
 def test_a_program_that_a_fresh_process_cannot_run_is_not_put_in_place(
     tmp_path: Path, randomised: Randomised, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def write(module: nn.Module, call: Call, shapes: Any, part: Path) -> None:
+    def write(module: nn.Module, call: ExampleCall, shapes: Any, part: Path) -> None:
         # From one row, torch would make a program for one row.
         assert call.batch_size == 2
         part.write_bytes(b"no program")
@@ -387,13 +387,13 @@ def test_missing_extras_are_said_before_training_begins(
 
 def test_an_example_is_read_as_lightning_reads_it() -> None:
     x, y = torch.ones(2), torch.zeros(2)
-    assert Call.of(x) == Call((x,), {})
-    assert Call.of((x, y)) == Call((x, y), {})
-    assert Call.of({"a": x}) == Call((), {"a": x})
+    assert ExampleCall.of(x) == ExampleCall((x,), {})
+    assert ExampleCall.of((x, y)) == ExampleCall((x, y), {})
+    assert ExampleCall.of({"a": x}) == ExampleCall((), {"a": x})
 
 
 def test_a_batch_is_made_longer_by_repetition_and_shorter_by_its_first_rows() -> None:
-    call = Call((torch.arange(3), {"table": torch.ones(5), "rows": torch.arange(6).view(3, 2)}), {"flag": True})
+    call = ExampleCall((torch.arange(3), {"table": torch.ones(5), "rows": torch.arange(6).view(3, 2)}), {"flag": True})
     longer, shorter = call.of_size(5), call.of_size(1)
     assert longer.args[0].tolist() == [0, 1, 2, 0, 1]
     assert longer.args[1]["rows"].tolist() == [[0, 1], [2, 3], [4, 5], [0, 1], [2, 3]]
@@ -408,7 +408,7 @@ def test_a_batch_is_made_longer_by_repetition_and_shorter_by_its_first_rows() ->
 )
 def test_an_example_without_a_batch_is_refused(args: tuple[Any, ...], message: str) -> None:
     with pytest.raises(FoldingError, match=message):
-        Call(args, {}).of_size(2)
+        ExampleCall(args, {}).of_size(2)
 
 
 def test_the_first_call_is_noted_as_it_was() -> None:

@@ -12,10 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 import lit_bnfold.callbacks.inference as inference
-from lit_bnfold.callbacks.export import Call
+from lit_bnfold.callbacks.export import ExampleCall
 from lit_bnfold.callbacks.inference import Inference, measure_inference, runnable_copy
 
-CALLS = [Call((torch.ones(6, 4),), {})]
+CALLS = [ExampleCall((torch.ones(6, 4),), {})]
 ONE_PROCESS: Any = SimpleNamespace(world_size=1)
 
 
@@ -119,10 +119,10 @@ class Hungry(Network):
     [
         ({"calls": []}, "operations and latency: validation does not call the module itself"),
         (
-            {"calls": [Call((torch.ones(6, 4), torch.ones(5)), {})]},
+            {"calls": [ExampleCall((torch.ones(6, 4), torch.ones(5)), {})]},
             "operations and latency: its arguments do not share",
         ),
-        ({"calls": [Call((3,), {})]}, "operations and latency: its arguments do not share one batch axis"),
+        ({"calls": [ExampleCall((3,), {})]}, "operations and latency: its arguments do not share one batch axis"),
         ({"trainer": SimpleNamespace(world_size=2)}, "operations and latency: one of several processes"),
         ({"original": None}, "size, operations and latency: the module cannot be copied"),
         ({"original": Comparing(is_folded=False)}, "operations and latency: ValueError: one is not enough"),

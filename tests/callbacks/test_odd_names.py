@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_bnfold import BatchNormFolding, load_folded
 from lit_bnfold.callbacks import HistogramMonitor, UpdateRatioMonitor
-from lit_bnfold.callbacks.export import Call, export_files
+from lit_bnfold.callbacks.export import ExampleCall, export_files
 from lit_bnfold.callbacks.html_report import write_html
 from lit_bnfold.callbacks.report import make_report, print_report, printable
 from lit_bnfold.callbacks.tensorboard import markdown
@@ -188,7 +188,9 @@ def test_tensorboard_shows_names_as_text() -> None:
 
 def exported(names: list[str], exports: list[str], tmp_path: Path) -> dict[str, dict[str, Any]]:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
-    return export_files(exports, trainer, Odd(names).eval(), [Call((torch.ones(2, 3),), {})], tmp_path, 1e-5, print)
+    return export_files(
+        exports, trainer, Odd(names).eval(), [ExampleCall((torch.ones(2, 3),), {})], tmp_path, 1e-5, print
+    )
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_bnfold.folding import FoldingPlan, plan_folding
-from lit_bnfold.folding.record import tensors_in
+from lit_bnfold.folding.tensors import tensors_in
 
 
 class Net(nn.Module):

@@ -15,7 +15,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lit_bnfold.folding import FoldingError, plan_folding
-from lit_bnfold.folding.record import Recorder, tensors_in
+from lit_bnfold.folding.record import Recorder
+from lit_bnfold.folding.tensors import tensors_in
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
 
