@@ -27,6 +27,8 @@ _MOST_GAIN = 1e3
 # those of the unfolded one.
 _MOST_RESIDUAL_GAIN = 8.0
 
+_FEW = 8
+
 # A BatchNorm beside another one that stays: once that one is folded, this one may be as well.
 _NEIGHBOURS = ("behind-batchnorm", "before-batchnorm")
 
@@ -442,8 +444,11 @@ class _Backward(_Search):
             raise _StaysError("not-transparent", f"{self.graph.where(call)} before it {reason}") from None
 
     def _check_quickly(self, value: Value) -> None:
-        """Leave early, so that a long chain of sums is not walked again from each of its members."""
-        for call in self.graph.users(value):
+        """Leave early, so that a long chain of sums is not walked again from each of its members.
+
+        All users are looked at in the end; here a few will do, for a value may have as many as there are layers.
+        """
+        for call in map(self.graph.calls.__getitem__, value.users[:_FEW]):
             if not self._is_passed(call) and call.owner != self.name and call.name not in RULES:
                 raise self._seen_by(value, call)
 
