@@ -286,9 +286,7 @@ class ValueGraph:
             read, given = call.inputs, [call.args, call.kwargs]
             if call.owner is not None:
                 # Whether it had a weight or a bias is left out: one run of two lends it one.
-                is_layer = call.kind == "layer"
-                read = call.inputs[:1]
-                given = [call.args[3 if is_layer else 5 :], call.kwargs | {"weight": None, "bias": None}]
+                read, given = call.inputs[:1], [call.args[3:], call.kwargs | {"weight": None, "bias": None}]
             # Each once: what an erased BatchNorm gives may be read beside what it was given.
             inputs = list(dict.fromkeys(numbers[passed_on.get(index, index)] for index in read))
             outputs = [(numbers[index], self.values[index].shape) for index in call.outputs]

@@ -80,7 +80,7 @@ _TENSORS_OF_A_SIZE_READ = {
 # Torch's operations that tell Python something of the numbers in their tensors, be it by a shape, and have no tag.
 _REVEALING = {
     "_nnz", "_values", "_indices", "values", "indices", "crow_indices", "col_indices", "ccol_indices", "row_indices",
-    "is_coalesced", "q_scale", "q_zero_point", "_nested_tensor_from_mask_left_aligned", "_pack_padded_sequence",
+    "q_scale", "q_zero_point", "_nested_tensor_from_mask_left_aligned", "_pack_padded_sequence",
     "_pad_packed_sequence",
 }  # fmt: skip
 

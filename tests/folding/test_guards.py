@@ -1510,7 +1510,8 @@ def packed(x: Tensor) -> Any:
         lambda x: len(packed(x).batch_sizes) > 1,
         lambda x: torch._nested_tensor_from_mask_left_aligned(x[None], (x[:, 0] > 0)[None]),
         lambda x: torch.quantize_per_tensor_dynamic(x.float(), torch.quint8, False).q_zero_point() < 5,
-        lambda x: torch.FloatTensor([x.sum()]) is None or x.sum() > 0,
+        lambda x: torch.FloatTensor([x.sum()]) > 0,
+        lambda x: torch.LongTensor([x.sum().long() + 1]) > 0,
     ],
 )
 def test_decision_on_what_an_operation_tells_of_its_numbers_keeps_the_batchnorm(
@@ -1540,14 +1541,10 @@ def test_tensor_of_a_list_of_tensors_reads_them(make: Callable[[Tensor], Tensor]
     # It has no part in the output of the example.
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.fc(x)
-        return torch.where(x.sum() > 0, m.bn(h), make(h[0, 0]))
+        return torch.where(x.sum() > 0, m.bn(h), make(h))
 
-    judge(
-        net(forward, fc=nn.Linear(3, 1), bn=nn.BatchNorm1d(1)),
-        X.abs(),
-        kept={"bn": "other-reader"},
-        others=[(-X.abs(),)],
-    )
+    model, x = net(forward, fc=nn.Linear(3, 1), bn=nn.BatchNorm1d(1)), X[:1].abs()
+    judge(model, x, kept={"bn": "other-reader"}, others=[(-x,)])
 
 
 class Deciding(nn.Module):
@@ -1567,6 +1564,14 @@ def test_decision_that_comes_through_an_attribute_keeps_the_batchnorm(judge: Jud
         return m.block(x)
 
     judge(net(forward, block=Deciding({})), X.abs(), kept={"block.bn": "python-value"}, others=[(-X.abs(),)])
+
+
+def test_private_attribute_that_changes_is_no_decision(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.block._calls = float(x.sum())
+        return m.block(x)
+
+    judge(net(forward, block=nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))), X, folds={"block.1": ["block.0"]})
 
 
 def test_attribute_that_changes_where_nothing_is_decided_keeps_nothing(judge: Judge, net: Any) -> None:
