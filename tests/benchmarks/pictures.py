@@ -1,4 +1,4 @@
-"""The README's pictures, made from a real run: python -m tests.benchmarks.pictures [RUN] [--to DIRECTORY]
+"""The README's pictures, made from a real run: python tests/benchmarks/pictures.py [RUN] [--to DIRECTORY]
 
 RUN is the directory of a finished ``lit-bnfold fit``; without one, a run of configs/quick.yaml is made first. Its
 report and TensorBoard are opened in a headless Chromium, which has to be installed: ``report.png`` is the head of
@@ -34,6 +34,9 @@ SCALE = 2
 # Of TensorBoard's page with a graph: width and height, and from where on there is nothing but the graph, in its pixels.
 PAGE = (1500, 1400)
 GRAPH = (360, 130)
+
+# From where on there is the small map of the graph, which is there at times.
+MAP = (1100, 1000)
 
 MARGIN = 24
 
@@ -88,6 +91,7 @@ def shoot_graph(browser: str, directory: Path) -> Image.Image:
     """Take a picture of the graph whose events lie in a directory, without what is around it."""
     with tensorboard(directory) as address:
         page = shoot(browser, f"{address}#graphs", PAGE)
+    page.paste("white", (SCALE * MAP[0], SCALE * MAP[1], *page.size))
     graph = page.crop((SCALE * GRAPH[0], SCALE * GRAPH[1], *page.size))
     white = Image.new("RGB", graph.size, "white")
     return graph.crop(ImageChops.difference(graph, white).getbbox())
