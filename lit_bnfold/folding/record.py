@@ -170,10 +170,8 @@ class Recorder:
         self._before_write: dict[Tensor, Tensor] = {}
         self._varying: set[int] = set()  # storages that hold something else than constants
         self._lent: dict[nn.Module, Tensor] = {}
-        # By their names, for the hash of a metric of torchmetrics changes with its state.
-        self._attributes = {
-            name: (module, _attributes_of(module)) for module, name in self._census.names.items() if plans
-        }
+        # By identity, for the hash of a metric of torchmetrics changes with its state.
+        self._attributes = {id(module): _attributes_of(module) for module in self._census.names if plans}
         self._exit = ExitStack()
         if plans:
             for tensor, name in self._census.tensors.items():
@@ -203,14 +201,6 @@ class Recorder:
         self._exit.close()
         if self._plans:
             self._ledger.settle()
-            self._note_decisions()
-
-    def _note_decisions(self) -> None:
-        """A Python value of a tensor may be what was put into an attribute, and decide there on the path to take."""
-        if self.graph.forked:
-            self.graph.forked.update(
-                name for name, (module, before) in self._attributes.items() if _attributes_of(module) != before
-            )
 
     # The model's own tensors come out as they went in.
 
@@ -272,13 +262,20 @@ class Recorder:
             return
         self.graph.frames.append(Frame(self._census.names[module], self.running[-1].frame))
         self.running.append(_Running(len(self.graph.frames) - 1, module, self.looking_away.is_on))
-        if self.graph.forked and not (len(args) == 1 and isinstance(args[0], Tensor) and not kwargs):
-            # What it was called with, or how many of them, may come from the numbers that Python got to know.
+        if self._plans and self.graph.forked and self._may_be_told(module, args, kwargs):
             self.graph.forked.add(self._census.names[module])
         if module in self._census.hooked:
             self._show_to_hooks(module, args, kwargs)
         if module in self._whole and not self.looking_away.is_on:
             self.looking_away.is_on, self._seen_whole = True, module
+
+    def _may_be_told(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
+        """Whether numbers that Python got to know may reach a module otherwise than in the one tensor it is given.
+
+        It may be by its other arguments, by how many there are, or by its attributes.
+        """
+        is_given_one_tensor = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
+        return not is_given_one_tensor or _attributes_of(module) != self._attributes[id(module)]
 
     def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if threading.get_ident() != self._thread or module not in self._census.names:

@@ -1005,6 +1005,27 @@ def test_two_callbacks_for_the_last_and_the_best_weights_keep_apart(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("wrong_algebra")
+def test_numbers_that_validation_collects_keep_no_batchnorm(tmp_path: Path, randomised: Randomised) -> None:
+    class Collecting(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = self.net[0], self.net[1], self.net[3]
+            del self.net
+            self.losses: list[float] = []
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.last(self.norm(self.first(inputs)).tanh())
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            loss = self.loss(batch)
+            self.losses.append(float(loss))
+            self.log("val/loss", loss)
+
+    folding = BatchNormFolding()
+    fit(tmp_path, randomised(Collecting()), folding)
+    assert [fold.batchnorm for fold in folding.plan.folds] == ["norm"]
+
+
 def test_a_larger_tolerance_accepts_a_larger_error(tmp_path: Path, randomised: Randomised) -> None:
     folding = BatchNormFolding(tolerance=0.5)
     fit(tmp_path, randomised(TwoLayers()), folding)

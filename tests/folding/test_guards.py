@@ -1574,6 +1574,15 @@ def test_private_attribute_that_changes_is_no_decision(judge: Judge, net: Any) -
     judge(net(forward, block=nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))), X, folds={"block.1": ["block.0"]})
 
 
+def test_attribute_that_changes_after_the_path_was_taken_is_no_decision(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.block(x)
+        m.block.told["normalise"] = float(y.sum())
+        return y
+
+    judge(net(forward, block=Deciding({"normalise": True})), X, folds={"block.bn": ["block.fc"]})
+
+
 def test_attribute_that_changes_where_nothing_is_decided_keeps_nothing(judge: Judge, net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         m.calls = getattr(m, "calls", 0) + 1
