@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -506,17 +506,15 @@ class BatchNormFolding(Callback):
             return
         last = copy.deepcopy(pl_module.state_dict())
         checkpoint = self._best_checkpoint(trainer, path)
-        way_back = ExitStack()
-        way_back.callback(pl_module.load_state_dict, last, strict=pl_module.strict_loading)
-        way_back.enter_context(module_put_back(trainer, pl_module))
         try:
-            pl_module.on_load_checkpoint(checkpoint)
-            pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
-            del checkpoint  # as large as the module, and its optimizer's state as well
-            yield f"best: {path}"
+            with module_put_back(trainer, pl_module, unless=lambda: self.folded_module is pl_module):
+                pl_module.on_load_checkpoint(checkpoint)
+                pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+                del checkpoint  # as large as the module, and its optimizer's state as well
+                yield f"best: {path}"
         finally:
             if self.folded_module is not pl_module:
-                way_back.close()
+                pl_module.load_state_dict(last, strict=pl_module.strict_loading)
 
     def _best_checkpoint(self, trainer: Trainer, path: str) -> dict[str, Any]:
         """Read the best checkpoint, with whatever objects its module keeps in it if this very training wrote it.

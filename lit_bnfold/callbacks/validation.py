@@ -336,14 +336,17 @@ def _module_parts(trainer: Trainer, pl_module: LightningModule) -> Iterator[obje
             pending += (thing for thing in inner if type(thing) not in WITHOUT_TENSORS and isinstance(thing, _OPENED))
 
 
-def module_put_back(trainer: Trainer, pl_module: LightningModule) -> AbstractContextManager[None]:
+def module_put_back(
+    trainer: Trainer, pl_module: LightningModule, unless: Callable[[], bool] = lambda: False
+) -> AbstractContextManager[None]:
     """Put a module back as it is on entry, but for the numbers of its parameters.
 
     Args:
         trainer: The Trainer of the module.
         pl_module: The module.
+        unless: Whether it shall stay as it is in the end, which is asked then.
     """
-    return _put_back(_module_parts(trainer, pl_module))
+    return _put_back(_module_parts(trainer, pl_module), unless)
 
 
 @dataclass(frozen=True)
@@ -362,12 +365,16 @@ def _weights(pl_module: LightningModule) -> Iterator[_Weight]:
 
 
 @contextmanager
-def _put_back(parts: Iterable[object]) -> Iterator[None]:
+def _put_back(parts: Iterable[object], unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Put every one of ``parts`` back, in place, to the state that it has on entry."""
     with ExitStack() as stack:
         for part in parts:
             stack.callback(_undo(part))
-        yield
+        try:
+            yield
+        finally:
+            if unless():
+                stack.pop_all()
 
 
 @singledispatch

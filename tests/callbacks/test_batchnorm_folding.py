@@ -659,6 +659,9 @@ def test_replacing_with_the_best_weights_leaves_these_in_the_module(tmp_path: Pa
     trainer = fit(tmp_path, module, folding, **checkpointing(tmp_path))
     assert folding.folded_module is module
     assert not any(isinstance(each, _BatchNorm) for each in module.modules())
+    assert not any(name.startswith("net.1.") for name in module.state_dict())
+    trainer.save_checkpoint(tmp_path / "later.ckpt")
+    assert "batchnorm_folding" in torch.load(tmp_path / "later.ckpt", weights_only=True)
     trainer.validate(module, loader(), verbose=False)
     best = float(trainer.checkpoint_callback.best_model_score)
     assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(best, abs=1e-5)
