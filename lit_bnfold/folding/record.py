@@ -341,8 +341,7 @@ class Recorder:
             # Below, this is a dozen of writes into slices of one tensor.
             return self._run_whole("operation", "circular_pad", F.pad, args, kwargs)
         for tensor in _numbers_read(function, args, kwargs):
-            self._add_call("opaque", function.__name__, (tensor,))
-            self._note_fork((tensor,))
+            self._note_reading(function, tensor)
         # Torch's own functions read one tensor in Python at most, their first; what others do is not seen from here.
         for tensor in tensors_in((args, kwargs)) if _is_foreign(function) else args[:1]:
             if isinstance(tensor, Tensor):
@@ -500,11 +499,14 @@ class Recorder:
 
     def _note_python(self, function: Callable[..., Any], tensor: Tensor) -> None:
         if function in _ESCAPES or _is_foreign(function):
-            self._add_call("opaque", getattr(function, "__name__", "Python code"), (tensor,))
-            self._note_fork((tensor,))
+            self._note_reading(function, tensor)
         elif id(tensor) in self._statistics:
             # A glance at the dtype is a reading too: the tensor will be gone from the folded model.
             self._add_call("opaque", "Python code", (tensor,))
+
+    def _note_reading(self, function: Callable[..., Any], tensor: Tensor) -> None:
+        self._add_call("opaque", getattr(function, "__name__", "Python code"), (tensor,))
+        self._note_fork((tensor,))
 
     def _note_fork(self, args: Any) -> None:
         """A tensor became a Python value: the modules that are running may take another path the next time."""

@@ -366,7 +366,7 @@ class _Search:
         pending = [term]
         while pending:
             term = pending.pop()
-            maker = self.graph.maker(term.value) if self._is_alone(term) else None
+            maker = self._maker_of(term)
             if maker is None:
                 yield term
             elif _is_sum(self.graph, maker) and (in_place or not _writes(maker)):
@@ -377,11 +377,11 @@ class _Search:
             else:
                 yield term
 
-    def _is_alone(self, term: _Term) -> bool:
-        """Whether nobody but the sum sees a term."""
+    def _maker_of(self, term: _Term) -> Call | None:
+        """The call that made a term, if nobody but the sum sees that."""
         value = term.value
-        is_read_once = value.users == [term.reader.index]
-        return is_read_once and value.fate is None and value.storage not in self.graph.aliased
+        is_alone = value.users == [term.reader.index] and value.fate is None
+        return self.graph.maker(value) if is_alone and value.storage not in self.graph.aliased else None
 
     def _seen_by(self, value: Value, call: Call) -> _StaysError:
         return _StaysError("other-reader", f"{self._named(value)} is also read by {self.graph.where(call)}")
@@ -571,7 +571,7 @@ class _Parallel(_Search):
         meets_batchnorm = False
         for each in self._terms(term, in_place=True):
             # Alone, it was not written in between either: that would have read it, or made a view of it.
-            maker = self.graph.maker(each.value) if self._is_alone(each) else None
+            maker = self._maker_of(each)
             if maker is None:
                 continue
             if maker.kind == "layer" and self._reads_same_place(maker, self.calls[0].inputs[0]):
@@ -613,7 +613,7 @@ class _Residual(_Search):
 
     def _layer_of(self, term: _Term) -> Call | None:
         """The call of a layer that made a term for this sum alone."""
-        maker = self.graph.maker(term.value) if self._is_alone(term) else None
+        maker = self._maker_of(term)
         return maker if maker is not None and maker.kind == "layer" else None
 
     def _give_to_its_reader(self, term: _Term, made: list[tuple[_Term, Call]]) -> None:
