@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Numbers that are widened to float64 at a time, 1 MiB of them.
-_BLOCK = 2**17
+# Numbers that are widened to float64 at a time, half a MiB of them.
+_BLOCK = 2**16
 
 
 def scale_and_shift(
@@ -276,8 +276,8 @@ def _times(weight: Tensor, factors: Tensor) -> Tensor:
     rows = max(1, _BLOCK * len(weight) // max(1, weight.numel()))
     for start in range(0, len(weight), rows):
         block = slice(start, start + rows)
-        # Multiplied in float64, whatever the dtype of the weight is, and rounded on the way out.
-        _flush(torch.mul(weight[block], factors[block], out=product[block]))
+        exact = weight[block].to(torch.float64, copy=True).mul_(factors[block])
+        _flush(product[block].copy_(exact))
     return product
 
 

@@ -199,11 +199,11 @@ class _Search:
         facts = self.graph.batchnorms[self.name]
         if facts.obstacle is not None:
             raise _StaysError(*facts.obstacle)
-        if not self.calls:
-            raise _StaysError("not-reached", "the run did not reach it")
         for tensor in facts.parameters:
             value = self.graph.named_values[tensor]
             self._check_readers(value, [call for call in self.graph.users(value) if call.kind == "batchnorm"])
+        if not self.calls:
+            raise _StaysError("not-reached", "the run did not reach it")
 
     def _check_readers(self, parameter: Value, readers: Iterable[Call]) -> None:
         """A parameter that would change or go may be read by certain calls alone."""

@@ -573,7 +573,7 @@ def test_closure_or_list_that_holds_the_batchnorm_beside_its_registration(judge:
     model = net(lambda m, x: m.call(m.fc(x)))
     bn = model.bn
     model.call = lambda h: bn(h)
-    judge(model, X, kept={"bn": "not-reached"})
+    judge(model, X, kept={"bn": "aliased"})
 
 
 def test_partial_that_holds_bound_methods_is_folded(judge: Judge, net: Any) -> None:
@@ -582,9 +582,41 @@ def test_partial_that_holds_bound_methods_is_folded(judge: Judge, net: Any) -> N
     judge(model, X, folds={"bn": ["fc"]})
 
 
-def test_module_called_through_its_forward_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
-    judge(net(lambda m, x: m.bn.forward(m.fc(x))), X, kept={"bn": "not-reached"})
-    judge(net(lambda m, x: m.bn(m.fc.forward(x))), X, kept={"bn": "no-layer"})
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.bn.forward(m.fc(x)),
+        lambda m, x: m.bn(m.fc.forward(x)),
+        lambda m, x: m.bn.forward(m.fc.forward(x)),
+        lambda m, x: m.bn.forward(m.fc(x)) + m.bn(m.fc.forward(x + 1)),
+    ],
+)
+def test_module_called_through_its_forward_is_folded(judge: Judge, net: Any, forward: Any, bias: bool) -> None:
+    judge(net(forward, fc=nn.Linear(3, 4, bias=bias), bn=nn.BatchNorm1d(4)), X, folds={"bn": ["fc"]})
+
+
+def test_module_called_through_its_forward_is_called_there_too(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x)) + m.fc.forward(x)), X, kept={"bn": "other-call"})
+    judge(net(lambda m, x: m.bn(m.fc(x)) + m.bn.forward(m.fc(x).relu())), X, kept={"bn": "no-layer"})
+
+
+def test_subclass_called_through_its_forward_keeps_its_activation(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn.forward(m.fc(x)), fc=nn.Linear(3, 4), bn=ReLUBatchNorm(4)), X, folds={"bn": ["fc"]})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_function_with_the_weight_of_a_layer_is_no_call_of_it(judge: Judge, net: Any, bias: bool) -> None:
+    model = net(
+        lambda m, x: m.bn(F.linear(x, m.fc.weight, m.fc.bias)), fc=nn.Linear(3, 4, bias=bias), bn=nn.BatchNorm1d(4)
+    )
+    judge(model, X, kept={"bn": "no-layer"})
+
+
+def test_frozen_batchnorm_called_through_its_forward_is_said_to_be_read(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn.forward(m.fc(x)), fc=nn.Linear(3, 4), bn=FrozenBatchNorm1d(4))
+    plan = judge(model, X, kept={"bn": "parameter-read"})
+    assert "`bn.weight` is also read by" in plan.kept[0].reason
 
 
 def test_container_called_through_its_forward_is_folded(judge: Judge, net: Any) -> None:
