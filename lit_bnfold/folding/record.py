@@ -9,28 +9,24 @@ symbolically: the model runs as it is, and what the witnesses saw is what happen
 from __future__ import annotations
 
 import copy
-import gc
 import sys
 import threading
-import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from types import FrameType, FunctionType, TracebackType
-from typing import Any, Literal, NamedTuple, TypeVar
+from types import FrameType, TracebackType
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from lit_bnfold.folding.census import Census, is_plain
-from lit_bnfold.folding.graph import BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph, plain_name
+from lit_bnfold.folding.census import Census
+from lit_bnfold.folding.graph import BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph
 from lit_bnfold.folding.kinds import (
     KIND_OF_FUNCTION,
     KINDS,
@@ -41,52 +37,19 @@ from lit_bnfold.folding.kinds import (
     Normalisation,
     own_tensors,
 )
-from lit_bnfold.folding.tensors import WITHOUT_TENSORS, address_of, holds_no_tensor, memory_of, tensors_in
-
-# Through these, Python gets hold of numbers or of memory without an operation that a dispatch mode could see.
-_ESCAPES = {
-    Tensor.tolist,
-    Tensor.numpy,
-    Tensor.__array__,
-    Tensor.__dlpack__,
-    Tensor.__deepcopy__,
-    Tensor.__format__,
-    Tensor.__repr__,
-    Tensor.__reduce_ex__,
-    Tensor.untyped_storage,
-    Tensor.storage,
-    Tensor.data_ptr,
-    Tensor.apply_,
-    Tensor.map_,
-    Tensor.__float__,
-    Tensor.__index__,
-    Tensor.data.__set__,  # type: ignore[attr-defined]
-}
-
-# These read the numbers of tensors that lie in lists, without an operation either.
-_TENSORS_OF_LISTS = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor, Tensor.new}
-
-# These read all that they are given, to know the shape of what they make.
-_TENSORS_OF_A_SIZE_READ = {
-    torch.sparse_coo_tensor,
-    torch.sparse_csr_tensor,
-    torch.sparse_csc_tensor,
-    torch.sparse_bsr_tensor,
-    torch.sparse_bsc_tensor,
-    torch.sparse_compressed_tensor,
-    torch.tensor_split,
-    Tensor.tensor_split,
-}
-
-# Torch's operations that tell Python something of the numbers in their tensors, be it by a shape, and have no tag.
-_REVEALING = {
-    "_nnz", "_values", "_indices", "values", "indices", "crow_indices", "col_indices", "ccol_indices", "row_indices",
-    "q_scale", "q_zero_point", "_nested_tensor_from_mask_left_aligned", "_pack_padded_sequence",
-    "_pad_packed_sequence",
-}  # fmt: skip
-
-# Namespaces of operations whose shapes depend on shapes alone, unless they say so.
-_TORCHS = {"aten", "prim", "prims", "quantized", "profiler"}
+from lit_bnfold.folding.ledger import Ledger
+from lit_bnfold.folding.operations import (
+    RECURRENT,
+    argument,
+    asked_of_reshape,
+    has_mask,
+    is_compound,
+    is_foreign,
+    known_of,
+    lets_numbers_out,
+    numbers_read,
+)
+from lit_bnfold.folding.tensors import WITHOUT_TENSORS, address_of, holds_no_tensor, tensors_in
 
 # Those of torch, of TensorFlow and of published detection models.
 _USUAL_EPS = (1e-5, 1e-3, 1e-6, 1e-4, 1e-8, 1e-12, 0.0)
@@ -97,11 +60,7 @@ _OWN_TENSOR_OF: dict[Callable[..., Any], tuple[int, str]] = {
 }
 _OWN_TENSOR_OF[F.batch_norm] = (NORMALISING.arguments.index("running_mean"), "running_mean")
 
-_FLATTENING = {torch.flatten, Tensor.flatten}
-_UNFLATTENING = {torch.unflatten, Tensor.unflatten}
-_RESHAPING = {torch.reshape, Tensor.reshape}
 _RECURRENT_MODULES = {nn.GRU, nn.LSTM, nn.RNN}
-_RECURRENT = {torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu}
 
 _UNREAD = Ref(-1)
 
@@ -153,7 +112,7 @@ class Recorder:
         self._evens = evens
         self._instead = instead
         self._census = Census(model, kinds)
-        self._ledger = _Ledger(self.graph, follows_memory=plans)
+        self._ledger = Ledger(self.graph, follows_memory=plans)
         self._batchnorms = self._census.batchnorm_kinds
         # Those that do not call `batch_norm` are one call each, whatever they do inside.
         self._whole = {module: kind for module, kind in self._batchnorms.items() if not kind.calls_batch_norm}
@@ -218,11 +177,11 @@ class Recorder:
 
     def save_written(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Note what an operation is about to write, and what the model's own tensors held before."""
-        known = _known_of(operation)
+        known = known_of(operation)
         if not known.writes and not known.is_batch_norm:
             return ()
-        written = tuple(tensors_in([_argument(args, kwargs, *place) for place in known.writes]))
-        trains = known.training is None or _argument(args, kwargs, *known.training) is not False
+        written = tuple(tensors_in([argument(args, kwargs, *place) for place in known.writes]))
+        trains = known.training is None or argument(args, kwargs, *known.training) is not False
         for tensor in tensors_in((args, kwargs)) if known.is_batch_norm and trains else written:
             self._save_before_write(tensor)
         return written
@@ -341,22 +300,21 @@ class Recorder:
                 return self._run_layer(module, kind, args, kwargs)
             if function is F.batch_norm:
                 self._note_batch_norm_inside()
-        asked = _asked_of_reshape(function, args, kwargs)
+        asked = asked_of_reshape(function, args, kwargs)
         if asked is not None:
             return self._run_reshape(function, asked, args, kwargs)
         if function is torch._pad_packed_sequence:
             # It makes a tensor of the lengths without any operation that reads the batch sizes.
             return self._run_whole("operation", "pad_packed_sequence", function, args, kwargs)
-        if function in _RECURRENT:
-            # Below, these are hundreds of operations, of which none lets a BatchNorm pass.
+        if function in RECURRENT:
             return self._run_whole("operation", function.__name__, function, args, kwargs)
         if function is F.pad and "circular" in (*args, *kwargs.values()):
             # Below, this is a dozen of writes into slices of one tensor.
             return self._run_whole("operation", "circular_pad", F.pad, args, kwargs)
-        for tensor in _numbers_read(function, args, kwargs):
+        for tensor in numbers_read(function, args, kwargs):
             self._note_reading(function, tensor)
         # Torch's own functions read one tensor in Python at most, their first; what others do is not seen from here.
-        for tensor in tensors_in((args, kwargs)) if _is_foreign(function) else args[:1]:
+        for tensor in tensors_in((args, kwargs)) if is_foreign(function) else args[:1]:
             if isinstance(tensor, Tensor):
                 self._note_python(function, tensor)
         return function(*args, **kwargs)
@@ -368,7 +326,7 @@ class Recorder:
         place = _OWN_TENSOR_OF.get(function)
         if place is None or running in self._batchnorms:
             return running
-        owner = self._owner_of_call.get(id(_argument(args, kwargs, *place)))
+        owner = self._owner_of_call.get(id(argument(args, kwargs, *place)))
         return running if owner is None or owner is running or not _is_in_forward_of(owner) else owner
 
     def _kind_by_call(
@@ -521,7 +479,7 @@ class Recorder:
         return output
 
     def _note_python(self, function: Callable[..., Any], tensor: Tensor) -> None:
-        if function in _ESCAPES or _is_foreign(function):
+        if lets_numbers_out(function):
             self._note_reading(function, tensor)
         elif id(tensor) in self._statistics:
             # A glance at the dtype is a reading too: the tensor will be gone from the folded model.
@@ -552,7 +510,7 @@ class Recorder:
 
     def on_operation(self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation and record it."""
-        known = _known_of(operation)
+        known = known_of(operation)
         written = self.save_written(operation, args, kwargs)
         try:
             output = operation(*args, **kwargs)
@@ -560,7 +518,7 @@ class Recorder:
             self._note_failure(known.name, args, kwargs)
             raise
         self._add_call("operation", known.name, args, kwargs, output, written, draws=known.draws)
-        if known.reveals_numbers or (known.is_index and _has_mask(args[1])):
+        if known.reveals_numbers or (known.is_index and has_mask(args[1])):
             self._note_fork((args, kwargs))
         return output
 
@@ -608,39 +566,6 @@ class Recorder:
         return value.constant and value.storage not in self._varying
 
 
-def _asked_of_reshape(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any] | None:
-    """What a call of ``flatten``, ``unflatten`` or ``reshape`` names of axes or sizes; None for whatever else it is."""
-    if function in _FLATTENING and args:
-        rank = max(1, args[0].dim())
-        given = {"start_dim": 0, "end_dim": -1} | dict(zip(("start_dim", "end_dim"), args[1:], strict=False)) | kwargs
-        numbers, key = list(given.values()), "flattened"
-    elif function in _UNFLATTENING and args:
-        given = dict(zip(("dim", "sizes"), args[1:], strict=False)) | kwargs
-        if not all(type(size) is int for size in given["sizes"]):
-            return None
-        numbers, key, rank = [given["dim"]], "unflattened", max(1, args[0].dim())
-    elif function in _RESHAPING and args:
-        sizes = args[1:] or (kwargs.get("shape"),)
-        numbers, key, rank = list(sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes), "size", 0
-    else:
-        return None
-    # A size out of a tensor is a Python value of it, which is noted below.
-    if not all(type(number) is int for number in numbers):
-        return None
-    return {key: tuple(number % rank if rank else number for number in numbers)}
-
-
-def _numbers_read(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors whose numbers one of torch's functions reads without an operation that reads them."""
-    if function in _TENSORS_OF_LISTS:
-        yield from tensors_in([each for each in (*args, *kwargs.values()) if not isinstance(each, Tensor)])
-    elif function in _TENSORS_OF_A_SIZE_READ:
-        # What is split is not read.
-        yield from tensors_in((args[1:] if "split" in function.__name__ else args, kwargs))
-
-
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -669,11 +594,6 @@ def _is_in_forward_of(module: nn.Module) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _is_foreign(function: Callable[..., Any]) -> bool:
-    """Whether a function that takes part in torch's function protocol was written elsewhere, in Python."""
-    return isinstance(function, FunctionType) and function.__module__.partition(".")[0] != "torch"
 
 
 def _add_obstacle(facts: _Facts, code: str, sentence: str) -> _Facts:
@@ -738,105 +658,10 @@ class _OperationWitness(TorchDispatchMode):
             self._recorder.save_written(func, args, kwargs)
             return func(*args, **kwargs)
         # In inference mode compound operations arrive whole; they are taken apart, so that one table serves both modes.
-        if isinstance(func, torch._ops.OpOverload) and _is_compound(func.name()):
+        if isinstance(func, torch._ops.OpOverload) and is_compound(func.name()):
             with self:
                 return func.decompose(*args, **kwargs)
         return self._recorder.on_operation(func, args, kwargs)
-
-
-class _Ledger:
-    """Knows which value each living tensor holds, and which values share memory, without keeping a tensor alive.
-
-    Memory is followed by its storage, which outlives the tensor that it was made for when somebody keeps a view of it,
-    its ``data``, or a Parameter around it.
-    """
-
-    def __init__(self, graph: ValueGraph, *, follows_memory: bool) -> None:
-        self._graph = graph
-        self._follows_memory = follows_memory
-        self._living: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._memory: dict[int, tuple[StorageWeakRef, int]] = {}  # address -> its storage, with the storage's number
-        self._storages = 0
-
-    def value(self, tensor: Tensor) -> Value:
-        """The value a tensor holds now; a tensor of unknown origin gets a new one."""
-        known = self._living.get(id(tensor))
-        if known is not None:
-            return self._graph.values[known[1]]
-        known_storages = self._storages
-        value = self.add(tensor, maker=None)
-        if self._storages == known_storages and self._follows_memory:
-            self._graph.aliased.setdefault(value.storage, "is also reached through a tensor of unknown origin")
-        return value
-
-    def register(self, tensor: Tensor, name: str) -> None:
-        """Enter a parameter or buffer before the run."""
-        value = self.value(tensor)
-        value.name = name
-
-    def add(self, tensor: Tensor, maker: int | None, constant: bool = False) -> Value:
-        """Give a tensor a new value, made by a call or come from outside."""
-        value = Value(
-            index=len(self._graph.values),
-            shape=tuple(tensor.shape),
-            stride=tensor.stride() if tensor.layout is torch.strided else (),
-            dtype=tensor.dtype,
-            storage=0,
-            maker=maker,
-            constant=constant,
-        )
-        if self._follows_memory:
-            storage, address = memory_of(tensor)
-            value.storage, value.fate = self._storage(storage, address), _unfollowable(tensor, address)
-        self._graph.values.append(value)
-        self._follow(tensor, value.index)
-        return value
-
-    def _storage(self, storage: torch.UntypedStorage | None, address: int | None) -> int:
-        known = self._memory.get(address or 0)
-        if known is not None and not known[0].expired():
-            return known[1]
-        self._storages += 1
-        if storage is not None and address:
-            self._memory[address] = (StorageWeakRef(storage), self._storages)
-        return self._storages
-
-    def _follow(self, tensor: Tensor, index: int) -> None:
-        key = id(tensor)
-        if key in self._living:  # a new version of a tensor that is being followed already
-            self._living[key] = (self._living[key][0], index)
-        else:
-            # No function of Python's: an exception that a signal raises in it, such as that of Ctrl-C, would be lost.
-            self._living[key] = (weakref.ref(tensor, partial(self._living.pop, key)), index)
-
-    def settle(self) -> None:
-        """Note which values outlived the run, and follow the parameters and buffers alone from here on."""
-        if self._survivors():
-            gc.collect()  # A survivor may only be waiting for the garbage collector.
-            for value in self._survivors():
-                value.fate = "is still held by somebody after the run"
-        values = self._graph.values
-        named = {value.storage for value in values if value.name is not None}
-        self._memory = {address: known for address, known in self._memory.items() if known[1] in named}
-        # In place: what forgets a tensor when it dies holds this very dict.
-        for key, (_, index) in list(self._living.items()):
-            if values[index].name is None:
-                self._living.pop(key, None)
-
-    def _survivors(self) -> list[Value]:
-        """The values that the run has made and that are still alive, without those of which that is known."""
-        from_outside = {value.storage for value in self._graph.values if value.maker is None}
-        alive = {number for ref, number in self._memory.values() if not ref.expired()} - from_outside
-        return [value for value in self._graph.values if value.fate is None and value.storage in alive]
-
-
-def _unfollowable(tensor: Tensor, address: int | None) -> str | None:
-    """Why the run cannot show what becomes of a tensor, as words for a reason; None if it can."""
-    if not address:
-        return "is a tensor without memory that could be followed"
-    if not is_plain(tensor):
-        return f"is a {type(tensor).__name__}, whose operations may be others than torch's"
-    return None
 
 
 def _tensors_given(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
@@ -894,55 +719,3 @@ def _normalised(kind: BatchNormKind, input: Tensor, numbers: Normalisation) -> T
 def _remove_all(hooks: Sequence[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
-
-
-@cache
-def _is_compound(name: str) -> bool:
-    # Torch has decompositions of other operations too, in Python; those arrive as one operation in the other mode.
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd"))
-
-
-class _Known(NamedTuple):
-    """What is known of an operation, whatever it is given."""
-
-    name: str
-    writes: tuple[tuple[int, str], ...]  # places and names of the arguments that it writes
-    is_batch_norm: bool  # some of these write their statistics without saying so in their schema
-    training: tuple[int, str] | None  # the argument without which it does not
-    draws: bool
-    reveals_numbers: bool  # tells Python something of the numbers in its tensors, be it by a shape
-    is_index: bool  # does so if it is given a mask
-
-
-@cache
-def _known_of(operation: Any) -> _Known:
-    name, tags = str(operation), getattr(operation, "tags", ())
-    schema = getattr(operation, "_schema", None)
-    places = [] if schema is None else list(enumerate(schema.arguments))
-    is_torchs = name.startswith("aten.")
-    is_index = operation in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
-    reveals_numbers = (
-        torch.Tag.data_dependent_output in tags
-        or torch.Tag.dynamic_output_shape in tags
-        or (is_torchs and plain_name(name) in _REVEALING)
-        # Of what others wrote nobody knows what the shapes depend on.
-        or getattr(operation, "namespace", "aten") not in _TORCHS
-    )
-    return _Known(
-        name=name,
-        writes=tuple((place, argument.name) for place, argument in places if argument.is_write),
-        is_batch_norm="batch_norm" in name,
-        training=next(((place, each.name) for place, each in places if is_torchs and each.name == "training"), None),
-        # Torch's own operations say so if they draw random numbers; others could do or read anything.
-        draws=not is_torchs or torch.Tag.nondeterministic_seeded in tags,
-        reveals_numbers=reveals_numbers and not is_index,
-        is_index=is_index,
-    )
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
-    return args[place] if place < len(args) else kwargs.get(name)
-
-
-def _has_mask(indices: Any) -> bool:
-    return any(index.dtype in (torch.bool, torch.uint8) for index in tensors_in(indices))
