@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import shlex
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -18,6 +14,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lit_bnfold.callbacks.advice import how_to_fold
+from lit_bnfold.callbacks.best_weights import BestWeights
 from lit_bnfold.callbacks.export import FILES, ExampleCall, Export, check_extras, export_files, first_call
 from lit_bnfold.callbacks.html_report import write_html
 from lit_bnfold.callbacks.inference import Inference, eval_copy, measure_inference, runnable_copy
@@ -27,16 +25,15 @@ from lit_bnfold.callbacks.report import Report, make_report, print_report, scala
 from lit_bnfold.callbacks.restoring import Restoring
 from lit_bnfold.callbacks.stages import Stages
 from lit_bnfold.callbacks.tensorboard import show_in_tensorboard, tensorboard_loggers
+from lit_bnfold.callbacks.tolerance import default_tolerance, dtype_tolerance
 from lit_bnfold.callbacks.validation import (
     ValidationRun,
     first_training_batch,
-    module_put_back,
     run_validation,
     same_random_numbers,
 )
 from lit_bnfold.checkpoint import (
     SHARDED_STRATEGIES,
-    check_is_undamaged,
     one_file,
     progress_of_training,
     save_folded,
@@ -51,11 +48,6 @@ from lit_bnfold.folding.tensors import address_of
 from lit_bnfold.layer_sync import ordinary_batchnorms
 
 _Validate = Callable[[Sequence[Callback]], ValidationRun | None]
-
-# Relative to the largest output: some hundred roundings of each dtype.
-_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}
-# On cuda, float32 convolutions and products may be computed with the ten bits of TF32.
-_TF32_TOLERANCE = 1e-2
 
 
 class BatchNormFolding(Callback):
@@ -143,8 +135,7 @@ class BatchNormFolding(Callback):
         self.folded_module: LightningModule | None = None
         self._progress: dict[str, Any] = {}
         self._stages = Stages()
-        # The best checkpoint that there was when training began.
-        self._found_best: tuple[str, int | None] = ("", None)
+        self._best: BestWeights | None = None
         # The checkpoint that training went on from.
         self._resumed: str | Path | None = None
         self._load_as_before: Callable[[], None] | None = None
@@ -179,7 +170,7 @@ class BatchNormFolding(Callback):
         """Say if there is nothing to fold, now that the module has built whatever it builds late."""
         self._end_taking_folded()
         self._resumed = trainer.ckpt_path
-        self._found_best = _last_written(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+        self._best = BestWeights(trainer)
         if not any(KINDS.batchnorm(module) for module in pl_module.modules()):
             rank_zero_warn(f"BatchNormFolding has nothing to fold: {type(pl_module).__name__} has no BatchNorm.")
 
@@ -198,7 +189,7 @@ class BatchNormFolding(Callback):
             self._reestimated(trainer, pl_module, validate) as reestimated,
             ordinary_batchnorms(pl_module),
         ):
-            best = None if weights == "last" else _best_score(trainer)
+            best = None if weights == "last" else BestWeights.score(trainer)
             self._fold(trainer, pl_module, validate, directory, weights, reestimated, best)
         self._log(trainer)
         self._tell_failed_exports()
@@ -216,7 +207,7 @@ class BatchNormFolding(Callback):
         """Say how to fold what an interrupted training has left."""
         self._end_taking_folded()
         if trainer.state.fn == "fit" and self.plan is None:
-            rank_zero_info(f"Nothing was folded. {self._how_to_fold(trainer, pl_module)}")
+            rank_zero_info(f"Nothing was folded. {how_to_fold(trainer, pl_module, self.weights, self._resumed)}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say why nothing was folded, if training ended before it began: then there is no end of training either."""
@@ -224,7 +215,7 @@ class BatchNormFolding(Callback):
             rank_zero_warn(
                 "BatchNormFolding folded nothing: there was no step left to train, as with `max_epochs=0`, "
                 "`limit_train_batches=0` or a finished training that is resumed. "
-                f"{self._how_to_fold(trainer, pl_module, has_ended=True)}"
+                f"{how_to_fold(trainer, pl_module, self.weights, self._resumed, has_ended=True)}"
             )
 
     def fold_checkpoint(
@@ -358,7 +349,7 @@ class BatchNormFolding(Callback):
                 (before, after),
                 output_error(plan, original, folded),
                 weights,
-                self.tolerance or _default_tolerance(trainer, pl_module),
+                self.tolerance or default_tolerance(trainer, pl_module),
                 objection=folded.objection(),
                 reestimated=reestimated,
                 best=best,
@@ -432,7 +423,7 @@ class BatchNormFolding(Callback):
             outdated = [report, page, *(directory / name for name in FILES.values())]
             self._stages.begin("writing folded.ckpt")
             save_folded(trainer, pl_module, plan, directory / "folded.ckpt", self._progress, outdated)
-            tolerance = self.tolerance or _dtype_tolerance(pl_module)
+            tolerance = self.tolerance or dtype_tolerance(pl_module)
             self.report["exports"] = export_files(
                 self.export, trainer, folded, calls, directory, tolerance, self._stages.begin
             )
@@ -498,41 +489,15 @@ class BatchNormFolding(Callback):
     @contextmanager
     def _chosen_weights(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[str]:
         """Put the weights to be folded into the module for a while, and say in words which they are."""
-        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        path = BestWeights.path(trainer)
         if self.weights == "last" or not path:
             if self.weights == "best":
                 rank_zero_warn("BatchNormFolding found no best checkpoint; it folds the last weights.")
             yield "last"
             return
-        last = copy.deepcopy(pl_module.state_dict())
-        checkpoint = self._best_checkpoint(trainer, path)
-        try:
-            with module_put_back(trainer, pl_module, unless=lambda: self.folded_module is pl_module):
-                pl_module.on_load_checkpoint(checkpoint)
-                pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
-                del checkpoint  # as large as the module, and its optimizer's state as well
-                yield f"best: {path}"
-        finally:
-            if self.folded_module is not pl_module:
-                pl_module.load_state_dict(last, strict=pl_module.strict_loading)
-
-    def _best_checkpoint(self, trainer: Trainer, path: str) -> dict[str, Any]:
-        """Read the best checkpoint, with whatever objects its module keeps in it if this very training wrote it.
-
-        A training that goes on from a checkpoint takes from there the name of the best one, which can be any file.
-        """
-        is_own = _last_written(path) != self._found_best
-        if Path(path).is_file():
-            check_is_undamaged(Path(path))
-        try:
-            checkpoint: dict[str, Any] = trainer.strategy.load_checkpoint(path, weights_only=not is_own)
-        except UnpicklingError as error:
-            raise FoldingError(
-                f"The best checkpoint, {path}, was there before this training, and holds more than tensors and plain "
-                "values, which can run any code when it is read. If you trust it, fold it with `lit-bnfold fold "
-                "--weights_only false`, or `fold_checkpoint(..., weights_only=False)`."
-            ) from error
-        return checkpoint
+        assert self._best is not None
+        with self._best.loaded(trainer, pl_module, stay=lambda: self.folded_module is pl_module):
+            yield f"best: {path}"
 
     @contextmanager
     def _as_in_the_first_process(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
@@ -553,24 +518,6 @@ class BatchNormFolding(Callback):
             if self.folded_module is not pl_module:
                 _copy_numbers(own, buffers)
 
-    def _how_to_fold(self, trainer: Trainer, pl_module: LightningModule, *, has_ended: bool = False) -> str:
-        """Say by what command the weights that were asked for are folded, or else the others; not all are saved."""
-        kinds = ("best", "last") if self.weights == "best" else ("last", "best")
-        savers = trainer.checkpoint_callbacks
-        found = [(kind, getattr(saver, f"{kind}_model_path", "")) for kind in kinds for saver in savers]
-        # A training that had ended and is resumed saves nothing new.
-        resumed = ("last", self._resumed)
-        found = [resumed, *found] if has_ended and self.weights == "last" else [*found, resumed]
-        kind, path = next((each for each in found if each[1]), ("", ""))
-        if not path:
-            return "There is no checkpoint to fold either."
-        command = ["lit-bnfold", "fold", "--ckpt_path", str(path)]
-        for flag, owner in (("--model", pl_module), ("--data", trainer.datamodule)):  # type: ignore[attr-defined]
-            # The command knows the classes of this package.
-            if owner is not None and not type(owner).__module__.startswith("lit_bnfold."):
-                command += [flag, _import_path(type(owner))]
-        return f"To fold the {kind} checkpoint: {shlex.join(command)}"
-
     @property
     def state_key(self) -> str:
         """What tells the states of two of these callbacks apart, one for the last and one for the best weights."""
@@ -583,16 +530,6 @@ class BatchNormFolding(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the report of an earlier run."""
         self.report = state_dict or None
-
-
-def _import_path(of_class: type[Any]) -> str:
-    module = of_class.__module__
-    if module == "__main__":
-        # The script that is running, as another process imports it.
-        module = Path(getattr(sys.modules[module], "__file__", None) or module).stem
-    name = of_class.__qualname__
-    # A class inside a function cannot be imported: its user has to put it elsewhere.
-    return f"some.module.{of_class.__name__}" if "<locals>" in name else f"{module}.{name}"
 
 
 def _copy_numbers(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
@@ -627,29 +564,3 @@ def _in_any_process(trainer: Trainer, mismatch: str | None) -> str | None:
     """What the first process says that has something to say, so that all of them write or none does."""
     said = (trainer.strategy.broadcast(mismatch, src=rank) for rank in range(trainer.world_size))
     return next((sentence for sentence in said if sentence is not None), None)
-
-
-def _last_written(path: str) -> tuple[str, int | None]:
-    """What tells one checkpoint from another, and from what was written in its place: its path and its time."""
-    return path, Path(path).stat().st_mtime_ns if Path(path).is_file() else None
-
-
-def _best_score(trainer: Trainer) -> tuple[str, float] | None:
-    """What the checkpoint callback monitors and its best value; None if it monitors nothing."""
-    saved = trainer.checkpoint_callback
-    monitor, score = getattr(saved, "monitor", None), getattr(saved, "best_model_score", None)
-    return None if monitor is None or score is None else (monitor, float(score))
-
-
-def _default_tolerance(trainer: Trainer, pl_module: LightningModule) -> float:
-    precision = str(trainer.precision)
-    if "16" in precision:
-        return _TOLERANCES[torch.bfloat16 if "bf16" in precision else torch.float16]
-    tolerance = _dtype_tolerance(pl_module)
-    is_tf32 = pl_module.device.type == "cuda" and torch.float32 in {each.dtype for each in pl_module.parameters()}
-    return max(tolerance, _TF32_TOLERANCE) if is_tf32 else tolerance
-
-
-def _dtype_tolerance(pl_module: LightningModule) -> float:
-    dtypes = {parameter.dtype for parameter in pl_module.parameters()} & _TOLERANCES.keys()
-    return max((_TOLERANCES[dtype] for dtype in dtypes), default=_TOLERANCES[torch.float32])
