@@ -7,30 +7,24 @@ One more key in the state dict is there for whoever loads the file in the ordina
 
 from __future__ import annotations
 
-import io
-import os
-import re
 import sys
 import tempfile
 import types
-import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from pathlib import Path
-from pickle import UnpicklingError
-from textwrap import shorten
 from typing import Any, TypeVar
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from lit_bnfold.folding import FoldingError, FoldingPlan
 from lit_bnfold.folding.kinds import Rest
 from lit_bnfold.folding.rewrite import Zero, fold_structure
+from lit_bnfold.reading import cannot_be_loaded, check_is_undamaged, naming_the_checkpoint, read_checkpoint
+from lit_bnfold.writing import whole_file
 
 MANIFEST = "batchnorm_folding"
 """Key of the plan in a folded checkpoint."""
@@ -52,17 +46,6 @@ SHARDED_STRATEGIES = {
     "convert_zero_checkpoint_to_fp32_state_dict` makes of the directory",
 }
 """The strategies under which no process has the whole module, and what of theirs can be folded afterwards."""
-
-# They write a directory: the tensors in the format of torch, all the rest in this file.
-_SHARDED_REST = "meta.pt"
-
-# Every checkpoint of Lightning says with which version it was written.
-_VERSION = "pytorch-lightning_version"
-
-# Characters of an error of Lightning or torch.
-_MOST_SAID = 200
-
-_ANOTHER_COPY = "Take another copy of the file, or write it anew."
 
 
 class _CarefulLoad:
@@ -295,158 +278,6 @@ def read_training(path: str | Path, weights_only: bool = True) -> dict[str, Any]
     return checkpoint
 
 
-def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
-    """Read what a checkpoint says, whether it is folded or not.
-
-    Args:
-        path: A checkpoint of Lightning, a file or the directory of a sharded strategy.
-        weights_only: Whether to read nothing but tensors and plain values; anything else can run code when it is read.
-
-    Returns:
-        The checkpoint. A directory's comes without the weights; a file's weights stay on the disk until they are used.
-
-    Raises:
-        FileNotFoundError: If there is nothing at ``path``.
-        ValueError: If it is damaged, no checkpoint of Lightning, or holds more than ``weights_only`` allows.
-    """
-    _check_layout(path)
-    file = path / _SHARDED_REST if path.is_dir() else path
-    check_is_undamaged(file)
-    with file.open("rb"):
-        pass  # If the system does not let it be read, it says why.
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=zipfile.is_zipfile(file))
-    # A file of another kind can end the reading in any way.
-    except Exception as error:
-        if zipfile.is_zipfile(file) and "weights_only" in str(error):
-            raise ValueError(_holds_more(path)) from error
-        raise ValueError(f"Expected a checkpoint of Lightning at {path}, found {_kind_of(file)}.") from error
-    _check_content(checkpoint, path)
-    return checkpoint
-
-
-def check_is_undamaged(file: Path) -> None:
-    """Compare each part of a file with its checksum, which torch writes and does not read.
-
-    At 2 GB a second that takes less time than loading; a bit that is another one in a weight shows in no other way.
-
-    Args:
-        file: A file that ``torch.save`` wrote. Of one of another format, or one that was written without checksums
-            (``torch.serialization.set_crc32_options(False)``), nothing is known.
-
-    Raises:
-        ValueError: If a part is not what was written.
-    """
-    if not zipfile.is_zipfile(file):
-        return
-    try:
-        with zipfile.ZipFile(file) as parts:
-            # Without checksums, torch writes zeros.
-            damaged = parts.testzip() if any(part.CRC for part in parts.infolist()) else None
-    # Damage to what says where the parts are can end the reading in any way.
-    except Exception as error:
-        raise ValueError(f"{file} is damaged: {error}. {_ANOTHER_COPY}") from error
-    if damaged is not None:
-        raise ValueError(f"{file} is damaged: {damaged} in it is not what was written. {_ANOTHER_COPY}")
-
-
-def _kind_of(file: Path) -> str:
-    """What a file is that is no checkpoint, in words."""
-    with file.open("rb") as opened:
-        begins = opened.read(4)
-    if not begins:
-        return "an empty file"
-    # Where the parts of such a file are, its end says.
-    return f"one that is cut off or damaged. {_ANOTHER_COPY[:-1]}" if begins == b"PK\3\4" else "another kind of file"
-
-
-def _holds_more(path: object) -> str:
-    return (
-        f"The checkpoint {path} holds more than tensors and plain values, which can run any code when it is read. If "
-        "you trust it, allow that: `lit-bnfold fold` takes `--weights_only false`, `load_folded` and "
-        "`fold_checkpoint` take weights_only=False."
-    )
-
-
-def _check_content(checkpoint: Any, path: Path) -> None:
-    """Make sure that what everything else relies on is of the types that Lightning writes.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    version = checkpoint.get(_VERSION) if isinstance(checkpoint, dict) else None
-    if not isinstance(version, str) or not re.match(r"\d+\.\d+", version):
-        raise ValueError(f"Expected a checkpoint of Lightning at {path}, found another kind of file.")
-    for key in ("state_dict", "hyper_parameters", "datamodule_hyper_parameters"):
-        found = checkpoint.get(key, {})
-        if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
-            raise ValueError(_not_of_lightning(path, key, "a dict whose keys are names", found))
-        for name in ("_class_path", "_instantiator"):
-            if not isinstance(found.get(name, ""), str):
-                raise ValueError(_not_of_lightning(path, f"{key}.{name}", "a name", found[name]))
-    if "state_dict" not in checkpoint and path.is_file():
-        raise ValueError(_not_of_lightning(path, "state_dict", "the weights", None))
-    for key in ("hparams_name", "datamodule_hparams_name"):
-        if not isinstance(checkpoint.get(key), (str, type(None))):
-            raise ValueError(_not_of_lightning(path, key, "a name", checkpoint[key]))
-
-
-def _not_of_lightning(path: Path, key: str, expected: str, found: Any) -> str:
-    return f"{path}, `{key}`: expected {expected}, found {type(found).__name__}; save it with a Trainer."
-
-
-@contextmanager
-def naming_the_checkpoint(path: object) -> Iterator[None]:
-    """Say of which file an error is that Lightning runs into when it loads what no Trainer has written.
-
-    Args:
-        path: The checkpoint.
-
-    Raises:
-        FoldingError: In place of one that names no file.
-        ValueError: In place of an error that says nothing by itself, such as a KeyError, or names no file.
-    """
-    try:
-        yield
-    # A TypeError tells of arguments that the class wants.
-    except TypeError:
-        raise
-    except Exception as error:
-        # The class does not know where a hyperparameter that it refuses comes from, nor does a plan know its file.
-        if type(error) in (ValueError, FoldingError) and str(path) not in str(error):
-            raise type(error)(f"{path} cannot be loaded: {error}") from error
-        if explains_itself(error):
-            raise
-        raise ValueError(cannot_be_loaded(path, error)) from error
-
-
-def explains_itself(error: BaseException) -> bool:
-    """Whether an error that ended the loading of a checkpoint says what is wrong with it.
-
-    Args:
-        error: The error.
-    """
-    if isinstance(error, OSError):
-        # One of the system names the file, and torch's word for a damaged file does not.
-        return error.filename is not None or isinstance(error, FileNotFoundError)
-    # What is derived from a ValueError tells of a text or a version that is none, and not where it is.
-    known = type(error) is ValueError or isinstance(error, (FoldingError, MisconfigurationException))
-    return known or "Error(s) in loading state_dict" in str(error)
-
-
-def cannot_be_loaded(path: object, error: BaseException) -> str:
-    """A sentence about a checkpoint that Lightning cannot load.
-
-    Args:
-        path: The checkpoint.
-        error: What loading it ended with.
-    """
-    if isinstance(error, UnpicklingError) and "weights_only" in str(error):
-        return _holds_more(path)
-    said = shorten(f"{type(error).__name__}: {error}", _MOST_SAID, placeholder=" ...").rstrip(".: ")
-    return f"{path} cannot be loaded ({said}): it is not what a Trainer saves of this module. {_ANOTHER_COPY}"
-
-
 @contextmanager
 def one_file(path: str | Path, weights_only: bool = True) -> Iterator[str]:
     """Give a checkpoint as one file, which Lightning can load in one process.
@@ -490,121 +321,9 @@ def _weights_of_shards(path: Path, weights_only: bool) -> dict[str, Any]:
         raise ValueError(cannot_be_loaded(path, error)) from error
 
 
-def _check_layout(path: Path) -> None:
-    if not path.exists():
-        raise FileNotFoundError(f"Expected a checkpoint at {path}, found nothing.")
-    if path.is_dir() and (path / "zero_to_fp32.py").is_file():
-        raise ValueError(
-            f"{path} is a directory of DeepSpeed: make one file of it with "
-            "`lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict` and fold that."
-        )
-    if path.is_dir() and not (path / _SHARDED_REST).is_file():
-        raise ValueError(
-            f"Expected a checkpoint at {path}, found a directory without the {_SHARDED_REST} of a sharded one."
-        )
-
-
 def _check_is_unfolded(checkpoint: Mapping[str, Any], name: str | Path) -> None:
     if MANIFEST in checkpoint:
         raise FoldingError(f"{name} is folded already; fold the checkpoint that it was made of.")
-
-
-@contextmanager
-def whole_file(path: Path, trainer: Trainer, outdated: Sequence[Path] = ()) -> Iterator[Path]:
-    """Write beside, then rename, so that the file under its own name is always a whole one.
-
-    Args:
-        path: Where the file goes; its directory is made.
-        trainer: The Trainer, whose first rank does the renaming.
-        outdated: Files that this one makes outdated; they are taken away right before it gets its name.
-
-    Yields:
-        The path to write to.
-
-    Raises:
-        OSError: If it cannot be written; names the file.
-    """
-    part = _beside(path)
-    own_io = trainer.strategy.checkpoint_io
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # By name, for the other import name of Lightning has classes of its own.
-        kinds = [base.__name__ for base in type(own_io).__mro__]
-        # What is written later cannot be renamed now; and what is renamed here need not be moved or renamed before.
-        if "AsyncCheckpointIO" in kinds or kinds[0] in ("TorchCheckpointIO", "WholeCheckpointIO"):
-            trainer.strategy.checkpoint_io = _PlainCheckpointIO()
-        yield part
-        if trainer.is_global_zero:
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-            for other in outdated:
-                other.unlink(missing_ok=True)
-            part.replace(path)
-    except OSError as error:
-        raise _naming(error, path) from error
-    finally:
-        trainer.strategy.checkpoint_io = own_io
-        if trainer.is_global_zero:
-            part.unlink(missing_ok=True)
-
-
-class _PlainCheckpointIO(TorchCheckpointIO):
-    """Writes to the name that it is given, and to no other disk before."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        # As Lightning does: torch's own writing to files reports a full disk as a RuntimeError without a number.
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with Path(path).open("wb") as file:
-            file.write(buffer.getbuffer())
-            os.fsync(file.fileno())
-
-
-class WholeCheckpointIO(_PlainCheckpointIO):
-    """Writes checkpoints beside their names and then renames them, so that under its name each is always whole.
-
-    Lightning writes to the directory of temporary files and moves from there. Where that is on another disk, moving is
-    copying, and who is killed in its middle has half a checkpoint under the name of the one before.
-
-    Example:
-        >>> trainer = Trainer(logger=False, accelerator="cpu", plugins=[WholeCheckpointIO()])
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Args:
-            checkpoint: What it holds.
-            path: Its name; what is no path of this machine is left to Lightning.
-            storage_options: As for Lightning.
-
-        Raises:
-            OSError: If it cannot be written; names the file, which is as it was before.
-        """
-        if "://" in str(path) or storage_options is not None:
-            TorchCheckpointIO.save_checkpoint(self, checkpoint, path, storage_options)
-            return
-        path = Path(path)
-        part = _beside(path)
-        try:
-            super().save_checkpoint(checkpoint, part)
-            part.replace(path)
-        except OSError as error:
-            raise _naming(error, path) from error
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
-
-
-def _naming(error: OSError, path: Path) -> OSError:
-    # A full disk is reported without the file that no longer fitted on it, and the part's name is of no interest.
-    if error.errno is None or error.filename not in (None, str(_beside(path))):
-        return error
-    return OSError(error.errno, error.strerror, str(path))
 
 
 class _LongerHook:

@@ -30,7 +30,6 @@ from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
 from lit_bnfold.callbacks.monitor import OnWrittenSteps, skip_idle_hooks
 from lit_bnfold.callbacks.restoring import Restoring
 from lit_bnfold.callbacks.speed import SpeedMonitor
-from lit_bnfold.checkpoint import WholeCheckpointIO, read_checkpoint, whole_file
 from lit_bnfold.fold_command import SUMMARY, find_last_checkpoint, fold
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
@@ -38,6 +37,8 @@ from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 from lit_bnfold.names.sampling import Sampling
 from lit_bnfold.parser import OneSentenceParser, arrange_help, read_config, use_threads
+from lit_bnfold.reading import read_checkpoint
+from lit_bnfold.writing import WholeCheckpointIO, whole_file
 
 # Drawing the bar costs as much as a training step of the small network.
 _BAR_REFRESH_STEPS = 200

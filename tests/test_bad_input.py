@@ -31,10 +31,11 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lit_bnfold import BatchNormFolding, BatchNormMLP, FoldingError, NamesDataModule, load_folded
-from lit_bnfold.checkpoint import MANIFEST, SIGNPOST, read_checkpoint
+from lit_bnfold.checkpoint import MANIFEST, SIGNPOST
 from lit_bnfold.cli import NamesCLI, main
 from lit_bnfold.folding import Fold, FoldingPlan, Kept, Part
 from lit_bnfold.names.data import END
+from lit_bnfold.reading import read_checkpoint
 
 EVERYTHING = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.logger=false"]

@@ -22,16 +22,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_bnfold import BatchNormFolding, BatchNormMLP, FoldingError, load_folded
-from lit_bnfold.checkpoint import (
-    MANIFEST,
-    FoldedLoading,
-    WholeCheckpointIO,
-    read_checkpoint,
-    save_folded,
-    whole_file,
-)
+from lit_bnfold.checkpoint import MANIFEST, FoldedLoading, save_folded
 from lit_bnfold.folding import Fold, FoldingPlan, Part, plan_folding
 from lit_bnfold.folding.rewrite import folded_in_place
+from lit_bnfold.reading import read_checkpoint
+from lit_bnfold.writing import WholeCheckpointIO, whole_file
 
 pytestmark = [
     # Lightning makes a tree specification in a way that newer versions of torch deprecate.

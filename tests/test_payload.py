@@ -22,8 +22,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from lit_bnfold import BatchNormFolding, BatchNormMLP, FoldingError, NamesDataModule, load_folded
-from lit_bnfold.checkpoint import MANIFEST, read_checkpoint, read_training
+from lit_bnfold.checkpoint import MANIFEST, read_training
 from lit_bnfold.cli import main
+from lit_bnfold.reading import read_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended to run from within Python"),

@@ -39,13 +39,13 @@ from lit_bnfold.checkpoint import (
     save_folded,
     stay_folded,
     take_folded,
-    whole_file,
 )
 from lit_bnfold.folding import FoldingError, FoldingPlan
 from lit_bnfold.folding.kinds import KINDS
 from lit_bnfold.folding.rewrite import folded_in_place
 from lit_bnfold.folding.tensors import address_of
 from lit_bnfold.layer_sync import ordinary_batchnorms
+from lit_bnfold.writing import whole_file
 
 _Validate = Callable[[Sequence[Callback]], ValidationRun | None]
 

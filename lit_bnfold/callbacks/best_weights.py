@@ -12,8 +12,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_bnfold.callbacks.validation import module_put_back
-from lit_bnfold.checkpoint import check_is_undamaged
 from lit_bnfold.folding import FoldingError
+from lit_bnfold.reading import check_is_undamaged
 
 
 class BestWeights:

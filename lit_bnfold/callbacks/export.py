@@ -28,10 +28,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lit_bnfold.checkpoint import whole_file
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.folding.copying import copy_model
 from lit_bnfold.metrics import OutputError
+from lit_bnfold.writing import whole_file
 
 Export = Literal["onnx", "torch_export"]
 FILES = {"onnx": "folded.onnx", "torch_export": "folded.pt2"}

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_bnfold.callbacks.validation import validation_follows
-from lit_bnfold.checkpoint import whole_file
+from lit_bnfold.writing import whole_file
 
 
 class LastCheckpoint(Checkpoint):

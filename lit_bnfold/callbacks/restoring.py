@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_bnfold.checkpoint import cannot_be_loaded, explains_itself
+from lit_bnfold.reading import cannot_be_loaded, explains_itself
 
 
 class Restoring(Callback):
