@@ -127,10 +127,11 @@ class Recorder:
         }
         self._computed: dict[tuple[nn.Module, str], int] = {}  # the latest value of each tensor that is computed
         self._statistics = {id(tensor) for module in self._batchnorms for tensor in own_tensors(module).values()}
-        self._owner_of_call = {
-            id(self._census.owned[module].get(key)): module
-            for key, kinds in (("weight", self._census.layer_kinds), ("running_mean", self._batchnorms))
-            for module in kinds
+        self._owners = {
+            id(tensor): module
+            for key, modules in (("weight", self._census.layer_kinds), ("running_mean", self._batchnorms))
+            for module in modules
+            if (tensor := self._census.owned[module].get(key)) is not None
         }
         self._by_address: dict[int | None, list[Tensor]] = defaultdict(list)
         for tensor in self._census.tensors:
@@ -326,7 +327,7 @@ class Recorder:
         place = _OWN_TENSOR_OF.get(function)
         if place is None or running in self._batchnorms:
             return running
-        owner = self._owner_of_call.get(id(argument(args, kwargs, *place)))
+        owner = self._owners.get(id(argument(args, kwargs, *place)))
         return running if owner is None or owner is running or not _is_in_forward_of(owner) else owner
 
     def _kind_by_call(

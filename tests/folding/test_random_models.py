@@ -59,8 +59,9 @@ class Program(nn.Module):
         self.last = None
         return [values[index] for index in self.returned]
 
-    def do_call(self, values: list[Tensor], module: str, v: int) -> list[Tensor]:
-        return [self.get_submodule(module)(values[v])]
+    def do_call(self, values: list[Tensor], module: str, v: int, past_hooks: bool) -> list[Tensor]:
+        called: Any = self.get_submodule(module)
+        return [called.forward(values[v]) if past_hooks else called(values[v])]
 
     def do_map(self, values: list[Tensor], function: str, v: int) -> list[Tensor]:
         x = values[v]
@@ -146,6 +147,9 @@ class Writer:
         self.steps.append((name, arguments))
         self.shapes.extend(shapes)
 
+    def call(self, name: str, v: int, shape: Shape) -> None:
+        self.step("call", (name, v, self.draw(st.integers(0, 7)) == 7), shape)
+
     def module(self, fitting: Callable[[nn.Module], bool], make: Callable[[], nn.Module]) -> tuple[str, nn.Module]:
         """A module that is there already, or a new one."""
         there = [name for name, module in self.modules.items() if fitting(module)]
@@ -164,7 +168,7 @@ class Writer:
                 lambda m: isinstance(m, (nn.Linear, Nameless)) and m.in_features == size,
                 lambda: self.layer(size, self.pick([2, 3, 4, 6])),
             )
-            self.step("call", (name, v), (*self.shapes[v][:-1], layer.out_features))
+            self.call(name, v, (*self.shapes[v][:-1], layer.out_features))
 
     def layer(self, i: int, o: int) -> nn.Module:
         kind = self.pick(["torch's"] * 5 + ["nameless", "weight_norm", "spectral_norm"])
@@ -192,7 +196,7 @@ class Writer:
             lambda m: isinstance(m, (nn.Linear, Nameless)) and m.in_features == m.out_features == size,
             lambda: self.layer(size, size),
         )
-        self.step("call", (name, v), self.shapes[v])
+        self.call(name, v, self.shapes[v])
         summands = self.pick([(len(self.shapes) - 1, v), (v, len(self.shapes) - 1)])
         self.step("add", (*summands, self.pick([1, 1, -1, 2])), self.shapes[v])
         self.batchnorm(len(self.shapes) - 1)
@@ -206,7 +210,7 @@ class Writer:
             lambda m: isinstance(m, nn.BatchNorm1d) and m.num_features == size,
             lambda: nn.BatchNorm1d(size, affine=self.draw(st.booleans())),
         )
-        self.step("call", (name, v), self.shapes[v])
+        self.call(name, v, self.shapes[v])
 
     def elementwise(self) -> None:
         v = self.value()
