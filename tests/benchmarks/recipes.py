@@ -10,9 +10,11 @@ Time is that of the processor, which on an idle machine is the time that passes,
 time that passed is in the table as well. All recipes train the same network of 16,651 parameters. They were chosen by
 their validation losses; the test losses are computed once, when all trainings are done.
 
-What else was tried: ``fast`` with 1,068 steps ends at 2.1036 and 2.1069, with 1,246 at 2.1005 and 2.1020; ``best`` with
-80 epochs and a weight decay of 0.07 or 0.1 at 2.0785 and 2.0787, with 100 epochs at 2.0774 and 2.0791,
-with 108 epochs at 2.0780 in the mean of three seeds.
+What else was tried, with two to seven seeds: ``fast`` in batches of 1,024 with 1,246 steps ends at 2.1005 and 2.1020,
+with 1,424 at 2.0966 to 2.0989, for a longer time; in batches of 2,048 with 624 steps at 2.1035 to 2.1057; of 4,096 with
+357 steps at 2.1013 to 2.1049; of 512 and 256 it needs as many epochs, which take longer. ``best`` in batches of 2,048
+with 100 and 115 epochs ends at 2.0783 and 2.0759 in the mean, for a longer time; of 4,096 with 80 epochs at 2.0749; of
+8,192 with 100 at 2.0756; a weight decay of 0.03 or 0.07 gives 2.0769 and 2.0778, of 0.05 2.0749.
 """
 
 from __future__ import annotations
