@@ -95,7 +95,10 @@ class LayerKind:
         forwards: Collection[Any] = _FORWARDS if self is NORMALISING else ()
         if self in LAYER_KINDS:
             forwards = [self.module.forward]
-        return "forward" not in vars(module) and type(module).forward in forwards
+        is_replaced = vars(module).keys() & {"forward", "_conv_forward"}
+        # The forward of a convolution leaves it to this method what becomes of its weight and its bias.
+        has_torchs = getattr(type(module), "_conv_forward", None) is getattr(self.module, "_conv_forward", None)
+        return not is_replaced and has_torchs and type(module).forward in forwards
 
 
 class Normalisation(NamedTuple):

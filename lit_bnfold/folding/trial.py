@@ -12,7 +12,7 @@ import copy
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -179,10 +179,14 @@ def obstacle_to(
         for part in fold.parts:
             _lend_parameters(modules[part.layer], kinds.layer(modules[part.layer], part.function))
 
+    leaving_out: list[str] = []
+
     def instead(name: str, layer: Function) -> Function:
         # A baked weight may be another than that of the first run: what it makes of the input is computed.
         played = first.tape.play(name, layer, computes=name in baked)
-        return moved[name](played) if name in moved else played
+        if name not in moved:
+            return played
+        return _called_with_its_own(modules[name], moved[name](played), lambda: leaving_out.append(name))
 
     recorder = Recorder(twin, kinds, plans=False, evens=True, instead=instead)
     erased = {fold.batchnorm: fold.direction != "parallel" for fold in plan.folds}
@@ -194,6 +198,8 @@ def obstacle_to(
     if not does_the_same:
         reason = "the model looks at its modules, and does something else once it is folded"
         return "structure-read", reason
+    if leaving_out:
+        return "own-forward", f"`{leaving_out[0]}` is called without the bias that a fold gives it"
     if not first.tape.agrees or not _agree(first.output, output):
         reason = "the model computes something else when it is folded, for a reason that its run does not show"
         return "unexplained", reason
@@ -208,6 +214,19 @@ def _lend_parameters(layer: nn.Module, kind: LayerKind | None) -> None:
     assert kind is not None
     if kind.runs_torchs_forward(layer):
         make_ordinary(layer, kind)
+
+
+def _called_with_its_own(module: nn.Module, layer: Function, object_to: Callable[[], None]) -> Function:
+    """A layer that objects to a call without a weight or a bias that its module has."""
+    own = [tensor for key in ("weight", "bias") if (tensor := module._parameters.get(key)) is not None]
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        given = set(map(id, (*args, *kwargs.values())))
+        if not given.issuperset(map(id, own)):
+            object_to()
+        return layer(*args, **kwargs)
+
+    return run
 
 
 def _overflows(fold: Fold, modules: Mapping[str, Any], kinds: Kinds) -> bool:

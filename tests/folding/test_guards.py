@@ -549,6 +549,40 @@ def test_subclass_that_would_not_use_a_new_bias_keeps_the_batchnorm(judge: Judge
     judge(nn.Sequential(NoBias(3, 4), nn.BatchNorm1d(4)), X, kept={"1": "computed-weight"})
 
 
+class SamePadding(nn.Conv1d):
+    """Leaves the forward to torch, which leaves the convolution itself to this method."""
+
+    def __init__(self, uses_bias: bool) -> None:
+        super().__init__(3, 4, 2, bias=False)
+        self.uses_bias = uses_bias
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv1d(F.pad(input, (1, 0)), weight, bias if self.uses_bias else None)
+
+
+def test_convolution_that_leaves_out_the_bias_below_its_forward_keeps_the_batchnorm(judge: Judge) -> None:
+    x = torch.randn(5, 3, 7).double()
+    patched = nn.Conv1d(3, 4, 2, bias=False)
+    patched._conv_forward = lambda input, weight, bias: F.conv1d(input, weight)
+    for layer in (SamePadding(uses_bias=False), patched):
+        others = (nn.ReLU(), nn.Conv1d(4, 2, 3), nn.BatchNorm1d(2))
+        model = nn.Sequential(layer, nn.BatchNorm1d(4), *others)
+        judge(model, x, kept={"1": "own-forward"}, folds={"4": ["3"]})
+    judge(nn.Sequential(SamePadding(uses_bias=True), nn.BatchNorm1d(4)), x, folds={"1": ["0"]})
+
+
+class Biasless(nn.Linear):
+    """A bias that it is given is in its parameters, and nobody sees it there."""
+
+    bias = None
+
+
+def test_class_that_hides_the_bias_of_a_fold_keeps_the_batchnorm(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4))
+    model[0].__class__ = Biasless
+    judge(model, X, kept={"1": "own-forward"})
+
+
 def test_subclass_that_calls_linear_in_its_forward_is_folded(judge: Judge) -> None:
     judge(nn.Sequential(Scaled(3, 4), nn.BatchNorm1d(4)), X, folds={"1": ["0"]})
 
