@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_bnfold.folding import FoldingError
 
-# They write a directory: the tensors in the format of torch, all the rest in this file.
+# Sharded strategies write a directory: the tensors in the format of torch, all the rest in this file.
 _SHARDED_REST = "meta.pt"
 
 # Every checkpoint of Lightning says with which version it was written.

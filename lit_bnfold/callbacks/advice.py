@@ -28,8 +28,8 @@ def how_to_fold(
     kinds = ("best", "last") if weights == "best" else ("last", "best")
     savers = trainer.checkpoint_callbacks
     found = [(kind, getattr(saver, f"{kind}_model_path", "")) for kind in kinds for saver in savers]
-    begun = ("last", resumed)
-    found = [begun, *found] if has_ended and weights == "last" else [*found, begun]
+    begun_from = ("last", resumed)
+    found = [begun_from, *found] if has_ended and weights == "last" else [*found, begun_from]
     kind, path = next((each for each in found if each[1]), ("", ""))
     if not path:
         return "There is no checkpoint to fold either."

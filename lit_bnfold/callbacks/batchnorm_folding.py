@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_bnfold.callbacks.advice import how_to_fold
-from lit_bnfold.callbacks.best_weights import BestWeights
+from lit_bnfold.callbacks.best_weights import Best, best_of, best_score, best_weights
 from lit_bnfold.callbacks.export import FILES, ExampleCall, Export, check_extras, export_files, first_call
 from lit_bnfold.callbacks.html_report import write_html
 from lit_bnfold.callbacks.inference import Inference, eval_copy, measure_inference, runnable_copy
@@ -135,7 +135,8 @@ class BatchNormFolding(Callback):
         self.folded_module: LightningModule | None = None
         self._progress: dict[str, Any] = {}
         self._stages = Stages()
-        self._best: BestWeights | None = None
+        # The best checkpoint that there was when training began.
+        self._found_best = Best("", None)
         # The checkpoint that training went on from.
         self._resumed: str | Path | None = None
         self._load_as_before: Callable[[], None] | None = None
@@ -170,7 +171,7 @@ class BatchNormFolding(Callback):
         """Say if there is nothing to fold, now that the module has built whatever it builds late."""
         self._end_taking_folded()
         self._resumed = trainer.ckpt_path
-        self._best = BestWeights(trainer)
+        self._found_best = best_of(trainer)
         if not any(KINDS.batchnorm(module) for module in pl_module.modules()):
             rank_zero_warn(f"BatchNormFolding has nothing to fold: {type(pl_module).__name__} has no BatchNorm.")
 
@@ -189,7 +190,7 @@ class BatchNormFolding(Callback):
             self._reestimated(trainer, pl_module, validate) as reestimated,
             ordinary_batchnorms(pl_module),
         ):
-            best = None if weights == "last" else BestWeights.score(trainer)
+            best = None if weights == "last" else best_score(trainer)
             self._fold(trainer, pl_module, validate, directory, weights, reestimated, best)
         self._log(trainer)
         self._tell_failed_exports()
@@ -489,14 +490,13 @@ class BatchNormFolding(Callback):
     @contextmanager
     def _chosen_weights(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[str]:
         """Put the weights to be folded into the module for a while, and say in words which they are."""
-        path = BestWeights.path(trainer)
+        path = best_of(trainer).path
         if self.weights == "last" or not path:
             if self.weights == "best":
                 rank_zero_warn("BatchNormFolding found no best checkpoint; it folds the last weights.")
             yield "last"
             return
-        assert self._best is not None
-        with self._best.loaded(trainer, pl_module, stay=lambda: self.folded_module is pl_module):
+        with best_weights(trainer, pl_module, self._found_best, unless=lambda: self.folded_module is pl_module):
             yield f"best: {path}"
 
     @contextmanager

@@ -281,7 +281,7 @@ class ValueGraph:
             if call.kind == "batchnorm" and erased.get(call.owner or ""):
                 passed_on[call.outputs[0]] = passed_on.get(call.inputs[0], call.inputs[0])
             module = self.frames[call.frame].module
-            if call.index in ignored or module in erased or call.owner in erased:
+            if call.index in ignored or module in erased:
                 continue
             read, given = call.inputs, [call.args, call.kwargs]
             if call.owner is not None:

@@ -9,13 +9,12 @@ symbolically: the model runs as it is, and what the witnesses saw is what happen
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -53,12 +52,6 @@ from lit_bnfold.folding.tensors import WITHOUT_TENSORS, address_of, holds_no_ten
 
 # Those of torch, of TensorFlow and of published detection models.
 _USUAL_EPS = (1e-5, 1e-3, 1e-6, 1e-4, 1e-8, 1e-12, 0.0)
-
-# Of the functions of layers and BatchNorms, the place and the name of a tensor that tells whose call it is.
-_OWN_TENSOR_OF: dict[Callable[..., Any], tuple[int, str]] = {
-    function: (kind.arguments.index("weight"), "weight") for function, kind in KIND_OF_FUNCTION.items()
-}
-_OWN_TENSOR_OF[F.batch_norm] = (NORMALISING.arguments.index("running_mean"), "running_mean")
 
 _RECURRENT_MODULES = {nn.GRU, nn.LSTM, nn.RNN}
 
@@ -127,12 +120,6 @@ class Recorder:
         }
         self._computed: dict[tuple[nn.Module, str], int] = {}  # the latest value of each tensor that is computed
         self._statistics = {id(tensor) for module in self._batchnorms for tensor in own_tensors(module).values()}
-        self._owners = {
-            id(tensor): module
-            for key, modules in (("weight", self._census.layer_kinds), ("running_mean", self._batchnorms))
-            for module in modules
-            if (tensor := self._census.owned[module].get(key)) is not None
-        }
         self._by_address: dict[int | None, list[Tensor]] = defaultdict(list)
         for tensor in self._census.tensors:
             self._by_address[address_of(tensor)].append(tensor)
@@ -293,7 +280,6 @@ class Recorder:
         if self.looking_away.is_on:
             return function(*args, **kwargs)
         if module is not None:
-            module = self._called_module(module, function, args, kwargs)
             if function is F.batch_norm and module in self._batchnorms:
                 return self._run_batchnorm(module, args, kwargs)
             kind = self._census.layer_kinds.get(module) or self._kind_by_call(module, function, args, kwargs)
@@ -319,16 +305,6 @@ class Recorder:
             if isinstance(tensor, Tensor):
                 self._note_python(function, tensor)
         return function(*args, **kwargs)
-
-    def _called_module(
-        self, running: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> nn.Module:
-        """Whose function it is: the running module's, or that of one whose ``forward`` was called past its hooks."""
-        place = _OWN_TENSOR_OF.get(function)
-        if place is None or running in self._batchnorms:
-            return running
-        owner = self._owners.get(id(argument(args, kwargs, *place)))
-        return running if owner is None or owner is running or not _is_in_forward_of(owner) else owner
 
     def _kind_by_call(
         self, module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -585,16 +561,6 @@ def _plain_values(value: Any) -> Any:
     if isinstance(value, (list, tuple, set, deque)):
         return [each for each in value if type(each) in WITHOUT_TENSORS]
     return value if type(value) in WITHOUT_TENSORS else None
-
-
-def _is_in_forward_of(module: nn.Module) -> bool:
-    """Whether the ``forward`` of a module is being run, be it called as such or by calling the module."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is module:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _add_obstacle(facts: _Facts, code: str, sentence: str) -> _Facts:

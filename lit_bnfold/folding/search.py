@@ -312,15 +312,18 @@ class _Search:
     def _check_other_paths(self) -> None:
         """Where a tensor became a Python value, the run showed one path of several through the modules then running."""
         involved = [*self.calls, *(call for layer in self.layers for call in self.graph.calls_of[layer])]
-        around = [set(self.graph.modules_around(call.frame)) for call in involved]
-        common = set.intersection(*around)
-        innermost = [m for m in self.graph.modules_around(involved[0].frame) if m in common][-1]
-        if innermost in self.graph.forked:
-            place = f"`{innermost}`" if innermost else "the model"
-            raise _StaysError(
-                "python-value",
-                f"{place} makes a Python value of a tensor or catches an error, and may branch on it next time",
-            )
+        around = [self.graph.modules_around(call.frame) for call in involved]
+        common = set(around[0]).intersection(*around[1:])
+        innermost = [module for module in around[0] if module in common][-1]
+        # What is around all of it leaves out all of it or nothing.
+        for module in dict.fromkeys(module for modules in around for module in modules[modules.index(innermost) :]):
+            if module in self.graph.forked:
+                place = f"`{module}`" if module else "the model"
+                raise _StaysError(
+                    "python-value",
+                    f"{place} makes a Python value of a tensor, is told of one or catches an error, and may branch on "
+                    "it next time",
+                )
 
     def _check_unwritten_between(self, value: Value, calls: Iterable[Call]) -> None:
         """What two calls read at different times must be the same both times."""

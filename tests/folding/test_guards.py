@@ -616,27 +616,12 @@ def test_partial_that_holds_bound_methods_is_folded(judge: Judge, net: Any) -> N
     judge(model, X, folds={"bn": ["fc"]})
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    "forward",
-    [
-        lambda m, x: m.bn.forward(m.fc(x)),
-        lambda m, x: m.bn(m.fc.forward(x)),
-        lambda m, x: m.bn.forward(m.fc.forward(x)),
-        lambda m, x: m.bn.forward(m.fc(x)) + m.bn(m.fc.forward(x + 1)),
-    ],
-)
-def test_module_called_through_its_forward_is_folded(judge: Judge, net: Any, forward: Any, bias: bool) -> None:
-    judge(net(forward, fc=nn.Linear(3, 4, bias=bias), bn=nn.BatchNorm1d(4)), X, folds={"bn": ["fc"]})
-
-
-def test_module_called_through_its_forward_is_called_there_too(judge: Judge, net: Any) -> None:
-    judge(net(lambda m, x: m.bn(m.fc(x)) + m.fc.forward(x)), X, kept={"bn": "other-call"})
-    judge(net(lambda m, x: m.bn(m.fc(x)) + m.bn.forward(m.fc(x).relu())), X, kept={"bn": "no-layer"})
-
-
-def test_subclass_called_through_its_forward_keeps_its_activation(judge: Judge, net: Any) -> None:
-    judge(net(lambda m, x: m.bn.forward(m.fc(x)), fc=nn.Linear(3, 4), bn=ReLUBatchNorm(4)), X, folds={"bn": ["fc"]})
+def test_module_called_through_its_forward_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    plan = judge(net(lambda m, x: m.bn.forward(m.fc(x))), X, kept={"bn": "parameter-read"})
+    assert "`bn.weight` is also read by" in plan.kept[0].reason
+    judge(net(lambda m, x: m.bn(m.fc.forward(x))), X, kept={"bn": "no-layer"})
+    judge(net(lambda m, x: m.bn(m.fc(x)) + m.fc.forward(x)), X, kept={"bn": "parameter-read"})
+    judge(net(lambda m, x: m.bn(m.fc(x)) + m.bn.forward(m.fc(x))), X, kept={"bn": "parameter-read"})
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -1630,6 +1615,33 @@ def test_decision_that_comes_through_an_attribute_keeps_the_batchnorm(judge: Jud
         return m.block(x)
 
     judge(net(forward, block=Deciding({})), X.abs(), kept={"block.bn": "python-value"}, others=[(-X.abs(),)])
+
+
+class Skipped(nn.BatchNorm1d):
+    """Normalises if it is told to."""
+
+    normalises = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if self.normalises else input.clone()
+
+
+class Repeating(nn.Linear):
+    """Computes if it is told to."""
+
+    computes = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if self.computes else input[:, :1].expand(-1, 4)
+
+
+def test_decision_inside_the_batchnorm_or_the_layer_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.block[1].normalises = m.block[0].computes = bool(x.sum() > 0)
+        return m.block(x)
+
+    for block in (nn.Sequential(nn.Linear(3, 4), Skipped(4)), nn.Sequential(Repeating(3, 4), nn.BatchNorm1d(4))):
+        judge(net(forward, block=block), X.abs(), kept={"block.1": "python-value"}, others=[(-X.abs(),)])
 
 
 def test_private_attribute_that_changes_is_no_decision(judge: Judge, net: Any) -> None:

@@ -267,7 +267,7 @@ def test_decision_about_a_tensor_is_told_with_its_place(place: str, net: Any) ->
     model = Branching() if place == "the model" else net(lambda m, x: m.block(x), block=Branching())
     code, reason = kept(model.double())
     assert code == "python-value"
-    assert reason.startswith(f"{place} makes a Python value of a tensor or catches an error")
+    assert reason.startswith(f"{place} makes a Python value of a tensor, is told of one or catches an error")
 
 
 # Beside a layer.
