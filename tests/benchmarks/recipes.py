@@ -11,11 +11,12 @@ time that passed is in the table as well. All recipes train the same network of 
 their validation losses; the test losses are computed once, when all trainings are done.
 
 What else was tried, with two to seven seeds: ``fast`` in batches of 1,024 with 1,246 steps ends at 2.1005 and 2.1020,
-with 1,424 at 2.0966 to 2.0989, for a longer time; in batches of 2,048 with 624 steps at 2.1035 to 2.1057; of 4,096 with
-357 steps at 2.1013 to 2.1049; of 512 and 256 it needs as many epochs, which take longer. ``best`` in batches of 2,048
-with 100 and 115 epochs ends at 2.0783 and 2.0759 in the mean, for a longer time; of 4,096 with 80 epochs at 2.0749 with
-other batches; of 8,192 at 2.0756; a weight decay of 0.03 gives 2.0769, of 0.04 2.0776, of 0.05, as it is, 2.0755, of 0.06
-2.0751, of 0.07 2.0778; a peak of 0.1 2.0767. Two seeds of one recipe differ by 0.001, as most of these do.
+with 1,424 at 2.0966 to 2.0989, for a longer time; in batches of 2,048 with 624 steps at 2.1035 to 2.1057; of 4,096
+with 357 steps at 2.1013 to 2.1049; of 512 and 256 it needs as many epochs, which take longer. ``best`` in batches of
+2,048 with 100 and 115 epochs ends at 2.0783 and 2.0759 in the mean, for a longer time; of 4,096 with 80 epochs at
+2.0749 with other batches; of 8,192 at 2.0756; a weight decay of 0.03 gives 2.0769, of 0.04 2.0776, of 0.05, as it is,
+2.0755, of 0.06 2.0751, of 0.07 2.0778; a peak of 0.1 2.0767. Two seeds of one recipe differ by 0.001, as most of
+these do.
 
 How much of the notebook's time that is depends on the machine: the notebook's steps are so small that all their time is
 that of Python and of calls, and a processor that is slower at these makes the recipes with large batches look better.
