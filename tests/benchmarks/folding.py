@@ -7,7 +7,9 @@ Where the time goes, of 125 ms for a ResNet-50 on two images of 32 x 32 pixels: 
 it 18, watching the second run 13, three copies of the structure 13, facts about the modules 7, and new weights in
 float64, into memory that has to be mapped first, 28. ``fuse`` runs nothing, and so proves nothing; what it takes
 depends on whether its memory is mapped already. Copying and recording were made a third cheaper, and the second run
-computes no layer whose output there was room to keep; what is left above ``fuse`` are the two runs.
+computes no layer whose output there was room to keep; what is left above ``fuse`` are the two runs. Watching by itself,
+with hooks and modes that note nothing, makes 20 ms of the 11 that a call of an EfficientNet-B0 takes, of which there
+are two; new weights in float64 take some 20 more, and ``fuse`` 50 in all.
 """
 
 from __future__ import annotations
