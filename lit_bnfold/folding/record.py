@@ -129,6 +129,7 @@ class Recorder:
         self._before_write: dict[Tensor, Tensor] = {}
         self._varying: set[int] = set()  # storages that hold something else than constants
         self._lent: dict[nn.Module, Tensor] = {}
+        self._modules = {name: module for module, name in self._census.names.items()}
         # By identity, for the hash of a metric of torchmetrics changes with its state.
         self._attributes = {id(module): _attributes_of(module) for module in self._census.names if plans}
         self._exit = ExitStack()
@@ -221,20 +222,30 @@ class Recorder:
             return
         self.graph.frames.append(Frame(self._census.names[module], self.running[-1].frame))
         self.running.append(_Running(len(self.graph.frames) - 1, module, self.looking_away.is_on))
-        if self._plans and self.graph.forked and self._may_be_told(module, args, kwargs):
-            self.graph.forked.add(self._census.names[module])
+        if self._plans and self.graph.forked:
+            self._note_what_is_told(module, args, kwargs)
         if module in self._census.hooked:
             self._show_to_hooks(module, args, kwargs)
         if module in self._whole and not self.looking_away.is_on:
             self.looking_away.is_on, self._seen_whole = True, module
 
-    def _may_be_told(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        """Whether numbers that Python got to know may reach a module otherwise than in the one tensor it is given.
+    def _note_what_is_told(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note if numbers that Python got to know may reach a module otherwise than in the one tensor it is given.
 
-        It may be by its other arguments, by how many there are, or by its attributes.
+        It may be by its other arguments, by how many there are, or by its attributes. A module around it that is not
+        running may have been asked for its ``forward``, past its hooks, and decide there by its own attributes.
         """
+        name, caller = self._census.names[module], self.running[-2].module
         is_given_one_tensor = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
-        return not is_given_one_tensor or _attributes_of(module) != self._attributes[id(module)]
+        if not is_given_one_tensor or self._is_changed(module):
+            self.graph.forked.add(name)
+        around = (self._modules.get(name[:end]) for end, letter in enumerate(name) if letter == ".")
+        running = [each.module for each in self.running]
+        if any(each is not None and each not in running and self._is_changed(each) for each in around):
+            self.graph.forked.add(None if caller is None else self._census.names[caller])
+
+    def _is_changed(self, module: nn.Module) -> bool:
+        return _attributes_of(module) != self._attributes[id(module)]
 
     def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if threading.get_ident() != self._thread or module not in self._census.names:

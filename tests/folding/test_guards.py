@@ -1617,6 +1617,15 @@ def test_decision_that_comes_through_an_attribute_keeps_the_batchnorm(judge: Jud
     judge(net(forward, block=Deciding({})), X.abs(), kept={"block.bn": "python-value"}, others=[(-X.abs(),)])
 
 
+def test_decision_by_an_attribute_of_what_is_called_past_its_hooks_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.outer.block.told["normalise"] = bool(x.sum() > 0)
+        return m.outer(x)
+
+    outer = net(lambda m, x: m.block.forward(x), block=Deciding({}))
+    judge(net(forward, outer=outer), X.abs(), kept={"outer.block.bn": "python-value"}, others=[(-X.abs(),)])
+
+
 class Skipped(nn.BatchNorm1d):
     """Normalises if it is told to."""
 
