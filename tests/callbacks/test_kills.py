@@ -55,7 +55,8 @@ from lit_bnfold.cli import main
 folding.measure_inference = lambda *args, **kwargs: {}
 
 HERE = Path(lit_bnfold.__file__).parent
-WATCHED = {str(HERE / "checkpoint.py"), *map(str, (HERE / "callbacks").glob("*.py")), cloud_io.__file__}
+FILES = [HERE / "checkpoint.py", HERE / "writing.py", *(HERE / "callbacks").glob("*.py")]
+WATCHED = {*map(str, FILES), cloud_io.__file__}
 answers = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
 
@@ -294,7 +295,7 @@ def test_a_kill_at_any_moment_leaves_whole_files_and_fold_finishes_the_job(forke
     writing = [
         number
         for number, (file, function, _) in enumerate(forked.moments)
-        if file in ("checkpoint.py", "cloud_io.py", "last_checkpoint.py")
+        if file in ("checkpoint.py", "writing.py", "cloud_io.py", "last_checkpoint.py")
         or function in ("_write", "write_html", "write_report")
     ]
     others = [number for number, (file, *_) in enumerate(forked.moments) if file != "validation.py"][::20]
