@@ -68,8 +68,8 @@ class Ledger:
         """
         value = Value(
             index=len(self._graph.values),
-            shape=tuple(tensor.shape),
-            stride=tensor.stride() if tensor.layout is torch.strided else (),
+            shape=() if tensor.is_nested else tuple(tensor.shape),
+            stride=tensor.stride() if tensor.layout is torch.strided and not tensor.is_nested else (),
             dtype=tensor.dtype,
             storage=0,
             maker=maker,

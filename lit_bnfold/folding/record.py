@@ -53,6 +53,8 @@ from lit_bnfold.folding.tensors import WITHOUT_TENSORS, address_of, holds_no_ten
 # Those of torch, of TensorFlow and of published detection models.
 _USUAL_EPS = (1e-5, 1e-3, 1e-6, 1e-4, 1e-8, 1e-12, 0.0)
 
+_LARGE = -1e6
+
 _RECURRENT_MODULES = {nn.GRU, nn.LSTM, nn.RNN}
 
 _UNREAD = Ref(-1)
@@ -421,10 +423,11 @@ class Recorder:
         computed = tuple(self._ledger.value(given[key]).index for key in facts.computed if given.get(key) is not None)
         output = self._run_whole("layer", kind.function.__name__, kind.function, args, kwargs, owner=name)
         self.graph.calls[-1].computed = computed
-        if output.shape[kind.channel_axis] != facts.out_channels:
-            facts = _add_obstacle(
-                facts, "unusual-weight", f"`{name}` has another number of outputs than its attributes say"
-            )
+        taken = None if kind.transposed and kind.function is F.embedding else given["input"]
+        for side, tensor, expected in (("inputs", taken, facts.in_channels), ("outputs", output, facts.out_channels)):
+            if tensor is not None and tensor.shape[kind.channel_axis] != expected:
+                sentence = f"`{name}` has another number of {side} than its attributes say"
+                facts = _add_obstacle(facts, "unusual-weight", sentence)
         self.graph.layers[name] = facts
         return output
 
@@ -468,6 +471,7 @@ class Recorder:
 
     def _note_python(self, function: Callable[..., Any], tensor: Tensor) -> None:
         if lets_numbers_out(function):
+            self._save_before_write(tensor)  # Whoever has the memory could write it unseen.
             self._note_reading(function, tensor)
         elif id(tensor) in self._statistics:
             # A glance at the dtype is a reading too: the tensor will be gone from the folded model.
@@ -676,16 +680,23 @@ def _eps_of(kind: BatchNormKind, module: nn.Module, args: tuple[Any, ...]) -> fl
     axis = kind.channel_axis % max(1, input.dim())
     if axis == 0 or input.shape[axis] != len(kind.numbers(exact).mean):
         return None
+    # What the example is too small or of the wrong sign to show, such as a limit, large numbers do.
+    inputs = (input, _LARGE * input)
     with torch.no_grad():
         kind.numbers(exact).var.fill_(1e-6)
-        output = exact(input)
+        outputs = [exact(each) for each in inputs]
     for eps in (kind.numbers(exact).eps,) if hasattr(module, kind.eps) else _USUAL_EPS:
-        expected = _normalised(kind, input, kind.numbers(exact, eps))
-        if isinstance(output, Tensor) and output.shape == expected.shape and output.dtype == expected.dtype:
-            near = 1e-9 * expected.abs().amax().nan_to_num(0.0)
-            if torch.allclose(output, expected, rtol=0.0, atol=float(near)):
-                return eps
+        numbers = kind.numbers(exact, eps)
+        if all(map(_is_same, outputs, (_normalised(kind, each, numbers) for each in inputs))):
+            return eps
     return None
+
+
+def _is_same(output: Any, expected: Tensor) -> bool:
+    if not isinstance(output, Tensor) or output.shape != expected.shape or output.dtype != expected.dtype:
+        return False
+    near = 1e-9 * expected.abs().amax().nan_to_num(0.0)
+    return torch.allclose(output, expected, rtol=0.0, atol=float(near))
 
 
 def _normalised(kind: BatchNormKind, input: Tensor, numbers: Normalisation) -> Tensor:

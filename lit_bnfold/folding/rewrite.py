@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -363,15 +364,14 @@ def erase(batchnorm: nn.Module, direction: str, kinds: Kinds = KINDS) -> Undo:
     kind: Any = type(batchnorm)
     parameters, buffers = batchnorm._parameters, batchnorm._buffers
     if kinds.only_normalises(batchnorm):
-        batchnorm.__class__ = Zero if direction == "parallel" else nn.Identity
-        batchnorm._parameters, batchnorm._buffers = {}, {}
+        _become(batchnorm, Zero if direction == "parallel" else nn.Identity, {}, {})
     else:
         # A forward of its own still asks for its tensors, be it to hand them to `batch_norm`.
-        batchnorm.__class__ = _rest_of(kind, direction)
-        batchnorm._parameters, batchnorm._buffers = dict.fromkeys(parameters), dict.fromkeys(buffers)
+        _become(batchnorm, _rest_of(kind, direction), dict.fromkeys(parameters), dict.fromkeys(buffers))
+    return partial(_become, batchnorm, kind, parameters, buffers)
 
-    def undo() -> None:
-        batchnorm.__class__ = kind
-        batchnorm._parameters, batchnorm._buffers = parameters, buffers
 
-    return undo
+def _become(module: nn.Module, kind: type[nn.Module], parameters: dict[str, Any], buffers: dict[str, Any]) -> None:
+    # Not by `setattr`, which a class may have refuse this.
+    object.__setattr__(module, "__class__", kind)
+    vars(module).update(_parameters=parameters, _buffers=buffers)

@@ -383,8 +383,11 @@ def _join_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
 
 
 def adds_nothing(call: Call) -> bool:
-    """Whether a sum or a difference is one with the number 0 behind it; ``sum`` begins with ``0 + x``, which is one."""
-    return bool(call.args[1] == 0)
+    """Whether a sum or a difference is one with the int 0 behind it; ``sum`` begins with ``0 + x``, which is one.
+
+    A float of 0 is more likely to be something else the next time.
+    """
+    return type(call.args[1]) is int and call.args[1] == 0
 
 
 def _terms(graph: ValueGraph, call: Call) -> list[int]:
@@ -409,8 +412,9 @@ def _add_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list[
     first, second = (maps.get(index) for index in _terms(graph, call))
     if first is None or second is None or not torch.equal(first.labels, second.labels):
         raise NotTransparent("adds something that is not scaled in the same way")
+    if second.shift and call.kwargs.get("alpha", 1) != 1:
+        raise NotTransparent("adds a multiple, which may be another one next time")
     factor = -1.0 if call.name.startswith("aten.sub") else 1.0
-    factor *= call.kwargs.get("alpha", 1)
     return [replace(first, shift=first.shift + factor * second.shift)]
 
 
@@ -436,9 +440,9 @@ def _mean_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     return labels if _argument(call, 2, "keepdim", False) else labels.squeeze(axes)
 
 
-def _unless_mixed(labels: Tensor, axes: list[int]) -> Tensor:
+def _unless_mixed(labels: Tensor, axes: list[int], what_it_does: str = "averages over") -> Tensor:
     if any(labels.shape[axis] > 1 for axis in axes):
-        raise NotTransparent("averages over the channels")
+        raise NotTransparent(f"{what_it_does} the channels")
     return labels
 
 
@@ -454,7 +458,7 @@ def _spatial(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 def _circular(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     # Padding comes as two numbers for each of the last axes.
     padded = len(call.args[1]) // 2
-    return _unless_mixed(labels, list(range(labels.dim() - padded, labels.dim())))
+    return _unless_mixed(labels, list(range(labels.dim() - padded, labels.dim())), "pads")
 
 
 def _pooled(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
@@ -501,7 +505,7 @@ def _expand_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     before, after = _shapes(graph, call)
     new = len(after) - len(before)
     repeated = [axis for axis, size in enumerate(after) if axis < new or before[axis - new] != size]
-    return _unless_mixed(labels, repeated).reshape(labels.shape[new:])
+    return _unless_mixed(labels, repeated, "repeats").reshape(labels.shape[new:])
 
 
 def _expand_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:

@@ -250,9 +250,10 @@ def _run(twin: nn.Module, recorder: Recorder, args: Sequence[Any], kwargs: Mappi
         args, kwargs = _copy_example((args, kwargs))
     except Exception as error:
         raise FoldingError(f"The example cannot be copied, as each run needs its own: {error}") from error
-    twin.eval()
     with _random_numbers_kept(twin), torch.no_grad(), _nothing_compiled(), recorder:
         try:
+            # Watched as well, for some models merge their weights here, which are those of the original.
+            twin.eval()
             # What the run gives lives until the recorder is closed: whatever it holds back counts as held by somebody.
             output = twin(*args, **kwargs)
         except Exception as error:

@@ -1731,3 +1731,101 @@ def test_module_whose_hash_changes_in_the_run_is_known_all_the_same(judge: Judge
 
     block = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     judge(net(forward, metric=Counting(), block=block), X, folds={"block.1": ["block.0"]})
+
+
+class Merging(nn.Linear):
+    """Takes a low-rank update into its weight when it is put into eval mode, as adapters do."""
+
+    def __init__(self, *sizes: int, in_place: bool) -> None:
+        super().__init__(*sizes)
+        self.in_place, self.is_merged = in_place, False
+
+    def train(self, mode: bool = True) -> Merging:
+        if self.is_merged is mode:
+            update = -1.0 if mode else 1.0
+            if self.in_place:
+                self.weight.data += update
+            else:
+                self.weight.data = self.weight.data + update
+            self.is_merged = not mode
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_model_that_merges_its_weights_in_eval_mode_is_not_touched(in_place: bool, randomised: Any) -> None:
+    model = randomised(nn.Sequential(Merging(3, 4, in_place=in_place), nn.BatchNorm1d(4)).double()).train()
+    weight = model[0].weight.clone()
+    plan = plan_folding(model, (X,))
+    assert torch.equal(model[0].weight, weight)
+    assert [kept.code for kept in plan.kept] == ["parameter-read"]
+
+
+def test_statistics_that_are_written_through_an_array_are_put_back(net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.bn.num_batches_tracked.numpy()[...] += 1
+        return m.bn(m.fc(x))
+
+    model = net(forward).double().eval()
+    assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["parameter-read"]
+    assert model.bn.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.clamp(-100, 100), lambda x: x.clamp(-1, 1) if bool(x.abs().max() > 1e3) else x, torch.nan_to_num],
+)
+def test_frozen_batchnorm_that_treats_large_inputs_in_another_way_is_kept(change: Any, judge: Judge) -> None:
+    class LimitedBatchNorm(FrozenBatchNorm1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(change(input))
+
+    is_kept = change is not torch.nan_to_num  # infinities are none of our business
+    kept, folds = ({"1": "own-forward"}, {}) if is_kept else ({}, {"1": ["0"]})
+    judge(nn.Sequential(nn.Linear(3, 4), LimitedBatchNorm()), X, kept=kept, folds=folds, others=[(1e5 * X,)])
+
+
+def test_a_float_of_zero_is_something_that_is_added(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x, t=0.0: m.bn(m.fc(x) + t))
+    judge(model, X, kept={"bn": "not-transparent"}, others=[(X, 1.0)])
+    judge(net(lambda m, x: m.bn(sum([m.fc(x)]))), X, folds={"bn": ["fc"]})
+
+
+def test_a_multiple_that_is_added_could_be_another_one(judge: Judge, net: Any) -> None:
+    bn, fc = nn.BatchNorm1d(3), nn.Linear(3, 2)
+    model = net(lambda m, x, a=2.0: m.fc(torch.add(m.bn(x), m.bn(-x), alpha=a)), bn=bn, fc=fc)
+    plan = judge(model, X, kept={"bn": "no-layer"}, others=[(X, 3.0)])
+    assert "adds a multiple" in plan.kept[0].reason
+
+
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
+def test_sizes_that_are_no_longer_true_keep_the_batchnorm_before_them(side: str, judge: Judge) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4))
+    setattr(model[1], f"{side.removesuffix('puts')}_features", 7)
+    plan = judge(model, X, kept={"0": "no-layer"})
+    assert f"`1` has another number of {side} than its attributes say" in plan.kept[0].reason
+
+
+def test_batchnorm_whose_class_has_slots_is_kept(judge: Judge) -> None:
+    class Slotted(nn.BatchNorm1d):
+        __slots__ = ("extra",)
+
+    judge(nn.Sequential(nn.Linear(3, 4), Slotted(4)), X, kept={"1": "own-forward"})
+
+
+def test_batchnorm_that_refuses_other_attributes_is_folded(judge: Judge) -> None:
+    class Refusing(nn.BatchNorm1d):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "__class__":
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    judge(nn.Sequential(nn.Linear(3, 4), Refusing(4)), X, folds={"1": ["0"]})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensor_beside_a_fold_is_nobodys_concern(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        torch.nested.nested_tensor([x, x[:1]], layout=torch.strided)
+        return m.bn(m.fc(x))
+
+    judge(net(forward), X, folds={"bn": ["fc"]})

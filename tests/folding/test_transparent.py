@@ -330,7 +330,7 @@ def test_channels_pass_an_expansion_along_the_axes_that_it_does_not_repeat(
     said = [
         answer(RULES[call.name].up, graph, call, 0, Channels.along(axis, n, len(sizes))) for axis, n in enumerate(sizes)
     ]
-    assert [axis for axis, text in enumerate(said) if "averages over" not in text] == passed
+    assert [axis for axis, text in enumerate(said) if "repeats" not in text] == passed
 
 
 def test_single_channel_is_on_every_axis_of_one(net: Any) -> None:
