@@ -97,7 +97,9 @@ class Census:
             self.layer_kinds[module] = found
         kind = self.layer_kinds[module]
         computed = self.computed.get(module, {})
-        plain = [tensor for key, tensor in self.owned[module].items() if key in ("weight", "bias")]
+        # Who else reads the statistics of a BatchNorm normalises by them, and should know of its new weight and bias.
+        is_whole = kind is NORMALISING
+        plain = [tensor for key, tensor in self.owned[module].items() if is_whole or key in ("weight", "bias")]
         obstacle = self._common_obstacle(module) or self._weight_obstacle(module)
         if kind is NORMALISING:
             obstacle = obstacle or self.batchnorms[module].obstacle or self._as_layer_obstacle(module)

@@ -119,7 +119,8 @@ class Layer:
         channel_axis: Which axis that is, counted from the end if negative.
         kernel: Sizes of its kernel; empty for a layer without one.
         takes_inputs: Whether a map of its inputs can be multiplied into its weight.
-        parameters: Names of its weight and its bias, as far as they are ordinary parameters.
+        parameters: Names of its weight and its bias, as far as they are ordinary parameters; of a BatchNorm also those
+            of its statistics.
         computed: Those of ``weight`` and ``bias`` that are computed at every call.
         originals: Names of the parameters and buffers that they may be computed from.
         obstacle: Why nothing may be folded into it whatever the run did; None if nothing is in the way.

@@ -148,7 +148,9 @@ class Recorder:
             hooks: list[RemovableHandle] = []
             stack.callback(_remove_all, hooks)
             for module in self._census.names:
-                if not isinstance(module, torch.jit.ScriptModule):
+                # What has another hash after each call, as a metric has, could not be found again; it is no layer.
+                has_steady_hash = hash(module) == object.__hash__(module)
+                if has_steady_hash and not isinstance(module, torch.jit.ScriptModule):
                     self._watch(module, hooks)
                     if self._plans:
                         self._lend_bias(module, stack)

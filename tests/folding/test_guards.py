@@ -624,6 +624,16 @@ def test_module_called_through_its_forward_keeps_the_batchnorm(judge: Judge, net
     judge(net(lambda m, x: m.bn(m.fc(x)) + m.bn.forward(m.fc(x))), X, kept={"bn": "parameter-read"})
 
 
+def test_batchnorm_that_is_called_past_its_hooks_as_well_takes_no_other(judge: Judge, net: Any) -> None:
+    # The one that stays has no weight yet that somebody could be seen to read.
+    model = net(
+        lambda m, x: m.bn.forward(m.other(m.bn(x)).relu()),
+        bn=nn.BatchNorm1d(3, affine=False),
+        other=nn.BatchNorm1d(3, affine=False),
+    )
+    judge(model, X, kept={"bn": "parameter-read", "other": "parameter-read"})
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_function_with_the_weight_of_a_layer_is_no_call_of_it(judge: Judge, net: Any, bias: bool) -> None:
     model = net(
