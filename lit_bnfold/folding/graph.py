@@ -309,6 +309,14 @@ class ValueGraph:
             index = self.frames[index].parent
         return modules[::-1]
 
+    def frame_of(self, module: str | None, frame: int) -> int:
+        """The innermost call of a module that was running in a frame, by its index."""
+        index: int | None = frame
+        while index is not None and self.frames[index].module != module:
+            index = self.frames[index].parent
+        assert index is not None
+        return index
+
 
 def _scalars(tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):

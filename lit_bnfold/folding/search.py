@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -311,19 +311,30 @@ class _Search:
 
     def _check_other_paths(self) -> None:
         """Where a tensor became a Python value, the run showed one path of several through the modules then running."""
-        involved = [*self.calls, *(call for layer in self.layers for call in self.graph.calls_of[layer])]
+        calls = [*self.calls, *(call for layer in self.layers for call in self.graph.calls_of[layer])]
+        _, makers = self.graph.origins(value for call in calls for value in call.computed)
+        involved = [*calls, *(self.graph.calls[index] for index in makers)]
         around = [self.graph.modules_around(call.frame) for call in involved]
         common = set(around[0]).intersection(*around[1:])
         innermost = [module for module in around[0] if module in common][-1]
-        # What is around all of it leaves out all of it or nothing.
-        for module in dict.fromkeys(module for modules in around for module in modules[modules.index(innermost) :]):
-            if module in self.graph.forked:
-                place = f"`{module}`" if module else "the model"
-                raise _StaysError(
-                    "python-value",
-                    f"{place} makes a Python value of a tensor, is told of one or catches an error, and may branch on "
-                    "it next time",
-                )
+        # What is around all of it leaves out all of it or nothing, unless it takes several calls for that.
+        is_spread = self._is_spread(calls, innermost)
+        for modules in around:
+            for module in modules if is_spread else modules[modules.index(innermost) :]:
+                if module in self.graph.forked:
+                    place = f"`{module}`" if module else "the model"
+                    raise _StaysError(
+                        "python-value",
+                        f"{place} makes a Python value of a tensor, is told of one or catches an error, and may branch "
+                        "on it next time",
+                    )
+
+    def _is_spread(self, calls: Sequence[Call], module: str | None) -> bool:
+        """Whether a call of a module around all of these calls does not hold some of each owner."""
+        owners: dict[int, set[str | None]] = defaultdict(set)
+        for call in calls:
+            owners[self.graph.frame_of(module, call.frame)].add(call.owner)
+        return any(len(each) < len({self.name, *self.layers}) for each in owners.values())
 
     def _check_unwritten_between(self, value: Value, calls: Iterable[Call]) -> None:
         """What two calls read at different times must be the same both times."""

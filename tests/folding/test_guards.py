@@ -1663,6 +1663,45 @@ def test_decision_inside_the_batchnorm_or_the_layer_keeps_the_batchnorm(judge: J
         judge(net(forward, block=block), X.abs(), kept={"block.1": "python-value"}, others=[(-X.abs(),)])
 
 
+def test_decision_between_two_calls_of_one_module_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    part = net(lambda m, x: m.fc(x) if x.shape[1] == 3 else m.bn(x))
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.part(x)
+        return m.part(h if bool(x.sum() > 0) else h.relu())
+
+    judge(net(forward, part=part), X.abs(), kept={"part.bn": "python-value"}, others=[(-X.abs(),)])
+
+
+def test_block_that_is_called_twice_with_a_decision_in_between_is_folded(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.block(x)
+        return m.block(h) if bool(x.sum() > 0) else h
+
+    block = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    judge(net(forward, block=block), X.abs(), folds={"block.1": ["block.0"]}, others=[(-X.abs(),)])
+
+
+class Times(nn.Module):
+    """A parametrization whose factor others set."""
+
+    factor = 1.0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.factor
+
+
+def test_decision_inside_a_parametrization_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    times, block = Times(), nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    nn.utils.parametrize.register_parametrization(block[0], "weight", times)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.times.factor = 2.0 if bool(x.sum() > 0) else 1.0
+        return m.block(x)
+
+    judge(net(forward, times=times, block=block), X.abs(), kept={"block.1": "python-value"}, others=[(-X.abs(),)])
+
+
 def test_private_attribute_that_changes_is_no_decision(judge: Judge, net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         m.block._calls = float(x.sum())
