@@ -490,14 +490,14 @@ class BatchNormFolding(Callback):
     @contextmanager
     def _chosen_weights(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[str]:
         """Put the weights to be folded into the module for a while, and say in words which they are."""
-        path = best_of(trainer).path
-        if self.weights == "last" or not path:
+        best = best_of(trainer)
+        if self.weights == "last" or not best.path:
             if self.weights == "best":
                 rank_zero_warn("BatchNormFolding found no best checkpoint; it folds the last weights.")
             yield "last"
             return
-        with best_weights(trainer, pl_module, self._found_best, unless=lambda: self.folded_module is pl_module):
-            yield f"best: {path}"
+        with best_weights(trainer, pl_module, best, self._found_best, unless=lambda: self.folded_module is pl_module):
+            yield f"best: {best.path}"
 
     @contextmanager
     def _as_in_the_first_process(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:

@@ -51,13 +51,14 @@ def best_score(trainer: Trainer) -> tuple[str, float] | None:
 
 @contextmanager
 def best_weights(
-    trainer: Trainer, pl_module: LightningModule, before: Best, unless: Callable[[], bool]
+    trainer: Trainer, pl_module: LightningModule, best: Best, before: Best, unless: Callable[[], bool]
 ) -> Iterator[None]:
     """Put the weights of the best checkpoint into a module for a while; afterwards it has its own back.
 
     Args:
         trainer: The Trainer.
         pl_module: The module.
+        best: The best checkpoint that there is.
         before: The best checkpoint that there was when training began.
         unless: Whether the module keeps at the end what it then has.
 
@@ -66,7 +67,7 @@ def best_weights(
         ValueError: If the checkpoint is damaged.
     """
     last = copy.deepcopy(pl_module.state_dict())
-    checkpoint = _read(trainer, before)
+    checkpoint = _read(trainer, best, before)
     try:
         with module_put_back(trainer, pl_module, unless=unless):
             pl_module.on_load_checkpoint(checkpoint)
@@ -78,12 +79,11 @@ def best_weights(
             pl_module.load_state_dict(last, strict=pl_module.strict_loading)
 
 
-def _read(trainer: Trainer, before: Best) -> dict[str, Any]:
+def _read(trainer: Trainer, best: Best, before: Best) -> dict[str, Any]:
     """Read the best checkpoint, with whatever objects its module keeps in it if this very training wrote it.
 
     A training that goes on from a checkpoint takes from there the name of the best one, which can be any file.
     """
-    best = best_of(trainer)
     if best.written is not None:
         check_is_undamaged(Path(best.path))
     try:

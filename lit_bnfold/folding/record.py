@@ -132,6 +132,7 @@ class Recorder:
         self._varying: set[int] = set()  # storages that hold something else than constants
         self._lent: dict[nn.Module, Tensor] = {}
         self._modules = {name: module for module, name in self._census.names.items()}
+        self._hashes = {id(module): hash(module) for module in self._census.names}
         # By identity, for the hash of a metric of torchmetrics changes with its state.
         self._attributes = {id(module): _attributes_of(module) for module in self._census.names if plans}
         self._exit = ExitStack()
@@ -148,9 +149,7 @@ class Recorder:
             hooks: list[RemovableHandle] = []
             stack.callback(_remove_all, hooks)
             for module in self._census.names:
-                # What has another hash after each call, as a metric has, could not be found again; it is no layer.
-                has_steady_hash = hash(module) == object.__hash__(module)
-                if has_steady_hash and not isinstance(module, torch.jit.ScriptModule):
+                if not isinstance(module, torch.jit.ScriptModule):
                     self._watch(module, hooks)
                     if self._plans:
                         self._lend_bias(module, stack)
@@ -219,7 +218,7 @@ class Recorder:
         return self
 
     def _enter_module(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if module not in self._census.names:
+        if not self._is_known(module):
             return
         if threading.get_ident() != self._thread:
             self._note_blind_spot(module)
@@ -233,6 +232,10 @@ class Recorder:
         if module in self._whole and not self.looking_away.is_on:
             self.looking_away.is_on, self._seen_whole = True, module
 
+    def _is_known(self, module: nn.Module) -> bool:
+        """Whether a module is one of the model's, and can be found by its hash, which that of a metric changes."""
+        return self._hashes.get(id(module)) == hash(module)
+
     def _note_what_is_told(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note if numbers that Python got to know may reach a module otherwise than in the one tensor it is given.
 
@@ -244,15 +247,19 @@ class Recorder:
         if not is_given_one_tensor or self._is_changed(module):
             self.graph.forked.add(name)
         around = (self._modules.get(name[:end]) for end, letter in enumerate(name) if letter == ".")
-        running = [each.module for each in self.running]
-        if any(each is not None and each not in running and self._is_changed(each) for each in around):
+        running = {id(each.module) for each in self.running}
+        if any(each is not None and id(each) not in running and self._is_changed(each) for each in around):
             self.graph.forked.add(None if caller is None else self._census.names[caller])
 
     def _is_changed(self, module: nn.Module) -> bool:
         return _attributes_of(module) != self._attributes[id(module)]
 
     def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if threading.get_ident() != self._thread or module not in self._census.names:
+        if threading.get_ident() != self._thread:
+            return None
+        if not self._is_known(module):
+            if self.running[-1].module is module:  # It was known when it was entered.
+                self.running.pop()
             return None
         if module is self._seen_whole:
             self.looking_away.is_on, self._seen_whole = False, None
@@ -425,7 +432,7 @@ class Recorder:
         computed = tuple(self._ledger.value(given[key]).index for key in facts.computed if given.get(key) is not None)
         output = self._run_whole("layer", kind.function.__name__, kind.function, args, kwargs, owner=name)
         self.graph.calls[-1].computed = computed
-        taken = None if kind.transposed and kind.function is F.embedding else given["input"]
+        taken = None if kind.function is F.embedding else given.get(kind.arguments[0])  # of an Embedding, indices
         for side, tensor, expected in (("inputs", taken, facts.in_channels), ("outputs", output, facts.out_channels)):
             if tensor is not None and tensor.shape[kind.channel_axis] != expected:
                 sentence = f"`{name}` has another number of {side} than its attributes say"

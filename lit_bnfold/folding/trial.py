@@ -199,7 +199,7 @@ def obstacle_to(
         reason = "the model looks at its modules, and does something else once it is folded"
         return "structure-read", reason
     if leaving_out:
-        return "own-forward", f"`{leaving_out[0]}` is called without the bias that a fold gives it"
+        return "own-forward", f"`{leaving_out[0]}` is called without the weight and the bias that a fold gives it"
     if not first.tape.agrees or not _agree(first.output, output):
         reason = "the model computes something else when it is folded, for a reason that its run does not show"
         return "unexplained", reason

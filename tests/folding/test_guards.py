@@ -1787,6 +1787,33 @@ def test_module_whose_hash_changes_in_the_run_is_known_all_the_same(judge: Judge
     assert all(plan_folding(model(metric), (X,)).folds for metric in metrics)
 
 
+class Hashed(nn.Sequential):
+    """Has a hash of its own, which stays."""
+
+    def __hash__(self) -> int:
+        return 7
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def test_hook_on_a_module_with_a_hash_of_its_own_is_noticed(judge: Judge) -> None:
+    def model() -> nn.Sequential:
+        return nn.Sequential(Hashed(nn.Linear(3, 4)), nn.BatchNorm1d(4))
+
+    judge(model(), X, folds={"1": ["0.0"]})
+    hooked = model()
+    hooked[0].register_forward_hook(lambda *_: None)
+    judge(hooked, X, kept={"1": "other-reader"})
+
+
+def test_batchnorm_with_a_hash_of_its_own_is_folded(judge: Judge) -> None:
+    class Hashable(nn.BatchNorm1d):
+        __hash__, __eq__ = Hashed.__hash__, Hashed.__eq__  # type: ignore[assignment]
+
+    judge(nn.Sequential(nn.Linear(3, 4), Hashable(4)), X, folds={"1": ["0"]})
+
+
 class Merging(nn.Linear):
     """Takes a low-rank update into its weight when it is put into eval mode, as adapters do."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from lit_bnfold.folding import BatchNormKind, Kinds, LayerKind, fold_batchnorm, plan_folding
 from lit_bnfold.folding.rewrite import make_ordinary
@@ -285,3 +286,23 @@ def test_batchnorm_of_torch_s_may_be_named_too(judge: Any, randomised: Any, agre
     folded = fold_batchnorm(model, (X,), kinds=Kinds(batchnorms=(BatchNormKind(Named),)))
     assert isinstance(folded[1], nn.Identity)
     agree(model, folded, [(X,)])
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A function that takes part in torch's protocol, with a word of its own for its input."""
+    if has_torch_function((x, weight)):
+        return handle_torch_function(project, (x, weight), x, weight, bias)  # type: ignore[no-any-return]
+    return F.linear(x, weight, bias)
+
+
+class Projecting(Projection):
+    def forward(self, x: Tensor) -> Tensor:
+        return project(x, self.weight, self.bias)
+
+
+def test_function_may_call_its_input_as_it_likes(randomised: Any, agree: Any) -> None:
+    arguments = ("x", "weight", "bias")
+    kinds = Kinds(layers=(LayerKind(Projecting, project, -1, "i", "o", arguments=arguments),))
+    model = randomised(nn.Sequential(Projecting(3, 4), nn.BatchNorm1d(4)).double()).eval()
+    assert plan_folding(model, (X,), kinds=kinds).folds[0].layers == ("0",)
+    agree(model, fold_batchnorm(model, (X,), kinds=kinds), [(X,), (2 * X[:2],)])
