@@ -297,3 +297,23 @@ def test_copy_of_a_module_made_during_the_run_is_no_part_of_the_model(net: Any) 
     assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["no-layer"]
     model = net(lambda m, x: m.bn(copy.copy(m.fc)(x)))
     assert [kept.code for kept in plan_folding(model, (X,)).kept] == ["no-layer"]
+
+
+def test_call_of_a_module_whose_hash_changes_in_it_ends_all_the_same(net: Any) -> None:
+    class Counting(nn.Module):
+        count = 0
+
+        def __hash__(self) -> int:
+            return self.count
+
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 10**6 + 3
+            return x
+
+    graph = record(net(lambda m, x: m.fc(m.metric(x)), metric=Counting(), fc=nn.Linear(3, 4)), X).graph
+    parents = {frame.module: frame.parent and graph.frames[frame.parent].module for frame in graph.frames}
+    assert parents["metric"] == parents["fc"] == ""
+    assert [value.fate for value in graph.values][-1] == "is returned by the model"
