@@ -367,16 +367,23 @@ class BatchNormFolding(Callback):
         self._conclude(trainer, pl_module, directory)
 
     def _watch_original(
-        self, trainer: Trainer, pl_module: LightningModule, validate: _Validate
+        self, trainer: Trainer, pl_module: LightningModule, validate: _Validate, *, lends: bool = True
     ) -> tuple[GraphWitness, ValidationRun | None]:
         self._stages.begin("validating the original")
-        with GraphWitness(pl_module) as original:
-            before = validate([original])
-            if not original.batches:
-                self._stages.clear()
-                rank_zero_info("There is nothing to validate on: the folded module is proven on one example alone.")
-                self._run_example(trainer, pl_module, original)
-        return original, before
+        with GraphWitness(pl_module, lends=lends) as original:
+            try:
+                before = validate([original])
+                if not original.batches:
+                    self._stages.clear()
+                    rank_zero_info("There is nothing to validate on: the folded module is proven on one example alone.")
+                    self._run_example(trainer, pl_module, original)
+            except Exception:
+                if not original.has_lent:
+                    raise
+            else:
+                return original, before
+        # Perhaps a layer has refused the bias that it was lent.
+        return self._watch_original(trainer, pl_module, validate, lends=False)
 
     def _run_example(self, trainer: Trainer, pl_module: LightningModule, witness: Witness) -> None:
         """Without a validation loader: one call of ``forward``, and the agreement of its outputs alone."""

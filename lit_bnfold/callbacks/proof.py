@@ -128,12 +128,22 @@ class GraphWitness(Witness):
 
     Args:
         pl_module: The module before it is folded.
+        lends: Whether layers that have no bias may be asked whether they would use one.
     """
+
+    def __init__(self, pl_module: LightningModule, *, lends: bool = True) -> None:
+        super().__init__(pl_module)
+        self._lends = lends
+
+    @property
+    def has_lent(self) -> bool:
+        """Whether a layer was asked that."""
+        return self._recorder is not None and self._recorder.has_lent
 
     def watch(self) -> None:
         """Begin to watch whatever the module does next in this thread."""
         # Made late, when the weights are loaded, and before other hooks are there that it would take for the module's.
-        self._recorder = self._recorder or Recorder(self.pl_module)
+        self._recorder = self._recorder or Recorder(self.pl_module, lends=self._lends)
         self._watching.enter_context(_old_objects_set_aside())
         super().watch()
         self._watching.enter_context(self._recorder)

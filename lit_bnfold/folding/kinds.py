@@ -216,6 +216,9 @@ _FROZEN = BatchNormKind(nn.Module)
 class Rest:
     """What is left of a BatchNorm whose forward does more than normalise: its class is a subclass of both."""
 
+    def __init_subclass__(cls) -> None:
+        """Tell nobody: a class that keeps a register of its subclasses shall not find this one in it."""
+
 
 @dataclass(frozen=True)
 class Kinds:
@@ -307,6 +310,24 @@ def _is_frozen_batchnorm(module: nn.Module) -> bool:
     tensors = own_tensors(module)
     lengths = {tensor.shape for tensor in tensors.values()}
     return tensors.keys() == _STATISTICS and len(lengths) == 1 and len(lengths.pop()) == 1
+
+
+def size_of_bias_left_out(module: nn.Module) -> int | None:
+    """The length of the bias that a layer of no known class was made without; None for a module that is no such layer.
+
+    It is known by what torch's own layers have as well: a weight (out, in, ...) of the sizes that its attributes name,
+    and the bias as a parameter that is None.
+
+    Args:
+        module: Any module.
+    """
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.dim() < 2 or module._parameters.get("bias", weight) is not None:
+        return None
+    for names in (("out_features", "in_features"), ("out_channels", "in_channels")):
+        if tuple(weight.shape[:2]) == tuple(getattr(module, name, None) for name in names):
+            return len(weight)
+    return None
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from lit_bnfold.folding.kinds import (
     LayerKind,
     Normalisation,
     own_tensors,
+    size_of_bias_left_out,
 )
 from lit_bnfold.folding.ledger import Ledger
 from lit_bnfold.folding.operations import (
@@ -71,8 +72,9 @@ class Recorder:
     Args:
         model: The model of interest. The caller runs it, in whatever way is the real one.
         kinds: What counts as a layer and as a BatchNorm.
-        plans: Whether a plan is to be made of what is recorded. For that, a layer without a bias, but with a forward of
-            its own, gets one of zeros for the time being, and what outlives the run is found out.
+        plans: Whether a plan is to be made of what is recorded. For that, what outlives the run is found out.
+        lends: Whether, for a plan, a layer without a bias, but with a forward of its own, gets one of zeros for the time
+            being: only so can it be seen whether it would use that of a fold. It may refuse it and raise an error.
         evens: Whether a BatchNorm that normalises by operations of its own is made to give, to the bit, what torch's
             own makes of it.
         instead: What is to run instead of the function of a layer, made of its name and of that function.
@@ -99,11 +101,13 @@ class Recorder:
         kinds: Kinds = KINDS,
         *,
         plans: bool = True,
+        lends: bool = True,
         evens: bool = False,
         instead: Callable[[str, Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
     ) -> None:
         self.graph = ValueGraph()
         self._plans = plans
+        self._lends = plans and lends
         self._evens = evens
         self._instead = instead
         self._census = Census(model, kinds)
@@ -151,7 +155,7 @@ class Recorder:
             for module in self._census.names:
                 if not isinstance(module, torch.jit.ScriptModule):
                     self._watch(module, hooks)
-                    if self._plans:
+                    if self._lends:
                         self._lend_bias(module, stack)
             stack.enter_context(_FunctionWitness(self))
             stack.enter_context(_OperationWitness(self))
@@ -164,6 +168,11 @@ class Recorder:
         self._exit.close()
         if self._plans:
             self._ledger.settle()
+
+    @property
+    def has_lent(self) -> bool:
+        """Whether a layer had a bias that is not its own."""
+        return bool(self._lent)
 
     # The model's own tensors come out as they went in.
 
@@ -200,18 +209,24 @@ class Recorder:
 
     def _lend_bias(self, module: nn.Module, stack: ExitStack) -> None:
         """Give a layer without a bias one of zeros, to see whether a forward of its own would use that of a fold."""
-        kind, own = self._census.layer_kinds.get(module), module._parameters
-        if kind in (None, NORMALISING) or not kind.has_bias or own.get("bias") is not None:
-            return
+        own, size = module._parameters, self._size_of_missing_bias(module)
         like = next(module.parameters(), None)
-        if kind.runs_torchs_forward(module) or like is None:
+        if size is None or like is None:
             return
         if "bias" in own:
             stack.callback(own.update, {"bias": None})
         else:
             stack.callback(own.pop, "bias")
-        bias = nn.Parameter(like.new_zeros(kind.channels(module)[1]), requires_grad=False)
+        bias = nn.Parameter(like.new_zeros(size), requires_grad=False)
         own["bias"] = self._lent[module] = bias
+
+    def _size_of_missing_bias(self, module: nn.Module) -> int | None:
+        """The length of the bias that a layer with a forward of its own lacks; None where nothing is to be asked."""
+        kind = self._census.layer_kinds.get(module)
+        if kind is None:
+            return size_of_bias_left_out(module)
+        is_asked = kind is not NORMALISING and kind.has_bias and not kind.runs_torchs_forward(module)
+        return kind.channels(module)[1] if is_asked and module._parameters.get("bias") is None else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
         # A model that copies one of its modules during the run copies the hooks on it too.
@@ -420,8 +435,9 @@ class Recorder:
             facts = self.graph.layers.get(name) or self._census.layer(module, kind.function.__name__)
         given = dict(zip(kind.arguments, args, strict=False)) | kwargs
         is_without = kind.has_bias and given.get("bias") is None
-        if is_without and (module in self._lent or facts.function is not None):
-            facts = _add_obstacle(facts, "own-forward", f"the forward of `{name}` would leave out the bias of a fold")
+        if is_without and not kind.runs_torchs_forward(module):
+            sentence = f"the forward of `{name}` has no use for the bias that a fold would give it"
+            facts = _add_obstacle(facts, "own-forward", sentence)
         elif not self._are_own(module, given, kind.arguments[1:]):
             facts = _add_obstacle(facts, "computed-weight", f"`{name}` was called with other tensors than its own")
         if kind.function is F.embedding and (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None:

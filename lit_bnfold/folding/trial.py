@@ -136,14 +136,22 @@ def run_as_it_is(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     return _recorded(model, args, kwargs, kinds)
 
 
-def _recorded(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: Kinds) -> Run:
+def _recorded(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: Kinds, *, lends: bool = True
+) -> Run:
     twin = twin_of(model)
     batchnorms = {name for name, module in twin.named_modules() if kinds.batchnorm(module) is not None}
     tape = Tape(batchnorms)
-    recorder = Recorder(twin, kinds, evens=True, instead=tape.record)
+    recorder = Recorder(twin, kinds, lends=lends, evens=True, instead=tape.record)
     # As much as the layer with the most numbers needs in float64, which is what folding in place may need as well.
     tape.room = 8 * max((parameter.numel() for parameter in model.parameters()), default=0)
-    return Run(recorder.graph, _run(twin, recorder, args, kwargs), tape)
+    try:
+        return Run(recorder.graph, _run(twin, recorder, args, kwargs), tape)
+    except FoldingError:
+        if not recorder.has_lent:
+            raise
+    # Perhaps a layer has refused the bias that it was lent.
+    return _recorded(model, args, kwargs, kinds, lends=False)
 
 
 def obstacle_to(

@@ -332,6 +332,26 @@ class Hooked(Tiny):
         return self.head(self.net(inputs))
 
 
+class WithoutBias(nn.Linear):
+    """Refuses the bias that it is lent to see whether it would use one."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.bias is not None:
+            raise NotImplementedError("a bias")
+        return nn.functional.linear(input, self.weight)
+
+
+class Refusing(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(WithoutBias(4, 5), nn.BatchNorm1d(5), *Tiny().net)
+        self.net[2] = nn.Linear(5, 5)
+        self.net.insert(2, nn.Tanh())
+
+
 class Remembering(Tiny):
     """Keeps what a step computed as an attribute, with its gradient history, as people do to plot it later."""
 
@@ -435,6 +455,15 @@ SITUATIONS: dict[str, Callable[[Path], Situation]] = {
     "everything_kept": lambda _: Situation(NormFirst, folds=(), kept={"net.0": "no-layer"}),
     "compiled": lambda _: Situation(Compiled, kept={"head._orig_mod.1": "opaque"}),
     "hooked": lambda _: Situation(Hooked, folds=("head.1",), kept={"net.1": "other-reader"}),
+    "refusing": lambda _: Situation(Refusing, folds=("net.4",), kept={"net.1": "own-forward"}),
+    "refusing_on_an_example": lambda _: Situation(
+        Refusing,
+        folds=("net.4",),
+        kept={"net.1": "own-forward"},
+        keys=(),
+        comparable=False,
+        trainer={"limit_val_batches": 0},
+    ),
     "remembering": lambda _: Situation(Remembering),
     "built_late": lambda _: Situation(BuiltLate),
     # Loaders and limits.

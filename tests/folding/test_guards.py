@@ -549,6 +549,51 @@ def test_subclass_that_would_not_use_a_new_bias_keeps_the_batchnorm(judge: Judge
     judge(nn.Sequential(NoBias(3, 4), nn.BatchNorm1d(4)), X, kept={"1": "computed-weight"})
 
 
+def test_layer_that_refuses_a_bias_keeps_the_batchnorm_and_nothing_else(judge: Judge) -> None:
+    class Refusing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.bias is None
+            return F.linear(x, self.weight)
+
+    model = nn.Sequential(Refusing(3, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    judge(model, X, kept={"1": "own-forward"}, folds={"4": ["3"]})
+
+
+class Dense(nn.Module):
+    """Looks like a Linear and is of no class of torch's, as those of other libraries are."""
+
+    def __init__(self, in_channels: int, out_channels: int, uses_bias: bool) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.uses_bias = in_channels, out_channels, uses_bias
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels))
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias if self.uses_bias else None)
+
+
+def test_layer_of_another_library_gets_a_bias_if_it_would_use_one(judge: Judge) -> None:
+    judge(nn.Sequential(Dense(3, 4, uses_bias=True), nn.BatchNorm1d(4)), X, folds={"1": ["0"]})
+    judge(nn.Sequential(Dense(3, 4, uses_bias=False), nn.BatchNorm1d(4)), X, kept={"1": "own-forward"})
+
+
+def test_whatever_else_has_a_weight_and_no_bias_is_given_none(judge: Judge) -> None:
+    class Mixture(nn.Module):
+        """One matrix per expert, (experts, in, out); a bias would be added to each of their outputs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features, self.out_features = 3, 4
+            self.weight = nn.Parameter(torch.randn(2, 3, 4))
+            self.register_parameter("bias", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            experts = torch.einsum("ni,eio->eno", x, self.weight)
+            return (experts if self.bias is None else experts + self.bias[:, None]).sum(0)
+
+    judge(nn.Sequential(Mixture(), nn.Linear(4, 4), nn.BatchNorm1d(4)), X, folds={"2": ["1"]})
+
+
 class SamePadding(nn.Conv1d):
     """Leaves the forward to torch, which leaves the convolution itself to this method."""
 

@@ -131,6 +131,21 @@ def test_part_of_a_batchnorm_that_calls_batch_norm_itself_keeps_it(judge: Any) -
     judge(nn.Sequential(nn.Linear(3, 4), WithPart()), torch.randn(5, 3).double(), kept={"1": "own-forward"})
 
 
+def test_class_that_keeps_a_register_of_its_subclasses_sees_none_of_ours(judge: Any) -> None:
+    register = []
+
+    class Registered(nn.BatchNorm1d):
+        def __init_subclass__(cls, key: str) -> None:
+            register.append(key)
+
+    class Rectifying(Registered, key="mine"):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).relu()
+
+    judge(nn.Sequential(nn.Linear(3, 4), Rectifying(4)), torch.randn(5, 3).double(), folds={"1": ["0"]})
+    assert register == ["mine"]
+
+
 def test_layer_that_does_something_else_without_a_bias_keeps_the_batchnorm(judge: Any) -> None:
     class Asking(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
