@@ -1,0 +1,294 @@
+"""Reshapes and layouts that only the sizes of the example make harmless."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_bnfold.folding import FoldingPlan, plan_folding
+
+Judge = Callable[..., FoldingPlan]
+X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+SEQUENCE = torch.randn(5, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def test_layout_that_a_later_view_relies_on_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    for later in (lambda y: y.view(y.shape[0], -1), lambda y: y.as_strided((3,), (1,)), lambda y: y.view(torch.int64)):
+        model = net(lambda m, x, later=later: later(m.bn(m.fc(x).transpose(1, 2))))
+        judge(model, SEQUENCE, kept={"bn": "layout"})
+
+
+def test_layout_that_nobody_relies_on_does_not_keep_the_batchnorm(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x).transpose(1, 2)).relu()), SEQUENCE, folds={"bn": ["fc"]})
+    judge(net(lambda m, x: m.bn(m.fc(x)).view(-1)), X, folds={"bn": ["fc"]})
+
+
+def test_batch_of_one_does_not_hide_that_a_view_mixes_examples_and_channels(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).view(4, -1).t()))
+    judge(model, X[:1], kept={"bn": "not-transparent"}, others=[(X,)])
+
+
+def test_sequence_of_one_step_does_not_hide_that_a_view_mixes_steps_and_channels(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).view(x.shape[0], 4, -1)))
+    judge(model, SEQUENCE[:, :1], kept={"bn": "not-transparent"}, others=[(SEQUENCE,)])
+
+
+def test_batch_of_one_through_harmless_views_is_folded(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).view(-1, 4).view(-1, 4, 1)))
+    judge(model, X[:1], folds={"bn": ["fc"]})
+
+
+def test_batch_without_examples_keeps_the_batchnorm(judge: Judge) -> None:
+    judge(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), X[:0], kept={"1": "kept-alive"}, others=[(X,)])
+
+
+def test_square_batch_does_not_confuse_examples_and_channels(judge: Judge, net: Any) -> None:
+    x = torch.randn(4, 3, dtype=torch.float64)
+    model = net(lambda m, x: m.bn(m.fc(x).t()))
+    judge(model, x, kept={"bn": "channel-axis"}, others=[(2 * x,)])
+
+
+def test_old_style_empty_tensor_in_a_concatenation_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(torch.cat([torch.empty(0, dtype=x.dtype), m.fc(x)], 1)))
+    judge(model, X, kept={"bn": "not-transparent"})
+
+
+def test_view_of_a_batch_without_examples_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).view(2 * x.shape[0], 2)), fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(2))
+    judge(model, X[:0], kept={"bn": "not-transparent"})
+
+
+def test_batch_of_one_through_two_views_does_not_hide_that_they_mix_examples_and_channels(
+    judge: Judge, net: Any
+) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).view(-1).view(4, -1).t()))
+    judge(model, X[:1], kept={"bn": "not-transparent"}, others=[(X,)])
+
+
+def swapped(m: Any, x: Tensor) -> Tensor:
+    h = m.fc(x)
+    shape = h.shape
+    return m.bn(h.t().reshape(shape).t().reshape(shape)).tanh()
+
+
+def swapped_beside_an_axis_of_size_1(m: Any, x: Tensor) -> Tensor:
+    h = m.fc(x)
+    shape = (*h.shape, 1)
+    return m.bn(h.t().reshape(shape).squeeze(-1).t().reshape(shape).squeeze(-1)).tanh()
+
+
+@pytest.mark.parametrize(
+    ("forward", "examples", "channels"),
+    [
+        (swapped, 4, 4),
+        (swapped, 2, 2),
+        (swapped_beside_an_axis_of_size_1, 4, 4),
+    ],
+)
+def test_reshapes_that_only_as_many_examples_as_channels_make_nothing_of_are_seen_through(
+    forward: Any, examples: int, channels: int, judge: Judge, net: Any
+) -> None:
+    model = net(forward, fc=nn.Linear(3, channels), bn=nn.BatchNorm1d(channels))
+    judge(model, torch.randn(examples, 3, dtype=torch.float64), kept={"bn": "not-transparent"})
+
+
+def axes_joined_in_between(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x)
+    n, c = h.shape[:2]
+    return m.bn(h.transpose(0, 1).reshape(n, c, -1).transpose(0, 1).reshape(h.shape)).tanh()
+
+
+def test_unflattening_says_itself_what_it_does(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 32), nn.Unflatten(1, (8, 2, 2)), nn.BatchNorm2d(8), nn.ReLU())
+    judge(model, torch.randn(2, 3, dtype=torch.float64), folds={"2": ["0"]})
+
+
+def channels_split_in_between(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x).mean((2, 3))
+    return m.bn(h.t().reshape(-1, 2, 2).permute(1, 2, 0).reshape(*h.shape, 1, 1)).tanh()
+
+
+def stacked_anew(m: Any, x: Tensor) -> Tensor:
+    h = torch.stack(m.conv(x).unbind(0), 1)
+    c, n = h.shape[:2]
+    return m.bn(torch.stack(h.reshape(n, c, -1).unbind(0), 1).reshape(x.shape[0], c, *x.shape[2:])).tanh()
+
+
+def flattened_and_unflattened(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x)
+    for _ in range(2):
+        h = h.transpose(0, 1).flatten(0, 1).unflatten(0, (len(x), 4))
+    return m.bn(h).tanh()
+
+
+def examples_and_steps_swapped(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x)[:, :3]
+    return m.three(h.permute(2, 1, 0, 3).reshape(len(x), 3, *x.shape[2:])).tanh()
+
+
+def examples_and_pixels_swapped(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x[..., :1])[:, :3]
+    return m.three(h.squeeze(3).permute(2, 1, 0).reshape(len(x), 3, 2, 2)).tanh()
+
+
+def sliced_behind(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x)
+    n, c = h.shape[:2]
+    return m.narrow(h.view(c, n, -1)[:, :2]).tanh()
+
+
+def rows_as_examples(m: Any, x: Tensor) -> Tensor:
+    return m.bn(m.conv(x).flatten(1).reshape(x.shape[2], 4, -1, 1)).tanh()
+
+
+def flattened_with_the_channels_first(m: Any, x: Tensor) -> Tensor:
+    h = m.conv(x)[:, :3].permute(1, 2, 3, 0).flatten(0, 2).t()
+    return m.three(h.reshape(x.shape[2], 3, 1, -1)).tanh()
+
+
+def stacked_along_another_axis(m: Any, x: Tensor) -> Tensor:
+    h = torch.stack(m.conv(x)[:, :3].permute(3, 0, 2, 1).flatten(1).unbind(0), 1)
+    return m.three(h.reshape(len(x) ** 2, 3, -1, 1)).tanh()
+
+
+@pytest.mark.parametrize(
+    ("forward", "norm"),
+    [
+        (rows_as_examples, "bn"),
+        (flattened_with_the_channels_first, "three"),
+        (stacked_along_another_axis, "three"),
+        (axes_joined_in_between, "bn"),
+        (channels_split_in_between, "bn"),
+        (stacked_anew, "bn"),
+        (flattened_and_unflattened, "bn"),
+        (examples_and_steps_swapped, "three"),
+        (examples_and_pixels_swapped, "three"),
+        (sliced_behind, "narrow"),
+    ],
+)
+def test_reshape_that_may_mix_axes_that_are_equally_long_by_chance_keeps_the_batchnorm(
+    forward: Any, norm: str, judge: Judge, net: Any
+) -> None:
+    norms = {"bn": nn.BatchNorm2d(4), "three": nn.BatchNorm2d(3), "narrow": nn.BatchNorm1d(2)}
+    model = net(forward, conv=nn.Conv2d(3, 4, 1), **{norm: norms[norm]})
+    example = torch.randn(4, 3, 4, 2, dtype=torch.float64)
+    # With another number of examples, some of these do not even run.
+    judge(model, example, kept={norm: "not-transparent"}, others=[(example.cos(),)])
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.bn(m.conv(x).view(*x.shape[:1], 4, -1).unsqueeze(-1)).tanh(),
+        lambda m, x: m.bn(m.conv(x).view(4, len(x), -1).view(len(x), 4, *x.shape[2:])).tanh(),
+        lambda m, x: m.bn(m.conv(x).transpose(2, 3).contiguous().mean(3, keepdim=True)).tanh(),
+        lambda m, x: m.bn(m.conv(x).mean((2, 3)).view(len(x), -1)[..., None, None]).tanh(),
+        lambda m, x: m.bn(m.conv(x).flatten(2).transpose(1, 2).transpose(1, 2)[..., None]).tanh(),
+    ],
+)
+def test_reshapes_that_move_nothing_fold_with_as_many_examples_as_channels(
+    forward: Any, judge: Judge, net: Any
+) -> None:
+    model = net(forward, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
+    judge(model, torch.randn(4, 3, 5, 2, dtype=torch.float64), folds={"bn": ["conv"]})
+
+
+def test_flattening_as_many_examples_as_channels_says_itself_what_it_does(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.bn(m.conv(x).mean((2, 3), keepdim=True).flatten(1)).tanh()
+
+    model = net(forward, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm1d(4))
+    judge(model, torch.randn(4, 3, 2, 2, dtype=torch.float64), folds={"bn": ["conv"]})
+
+
+def test_reshape_of_other_axes_than_as_many_examples_and_channels_is_folded(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.conv(x).view(len(x), 4, -1)), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm1d(4))
+    judge(model, torch.randn(4, 3, 2, 3, dtype=torch.float64), folds={"bn": ["conv"]})
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.fc(m.bn(x.tanh()).transpose(1, 2).flatten(1)),
+        lambda m, x: m.fc(m.bn(x.tanh()).transpose(1, 2).reshape(len(x), -1)),
+    ],
+)
+def test_features_with_axes_on_both_sides_of_the_channels_keep_the_batchnorm(
+    forward: Any, judge: Judge, net: Any
+) -> None:
+    # A linear layer takes them from images of 5 x 2 and of 2 x 5 pixels, and means other channels by each.
+    model = net(forward, bn=nn.BatchNorm2d(3), fc=nn.Linear(30, 4))
+    wide, high = torch.randn(2, 3, 5, 2, dtype=torch.float64), torch.randn(2, 3, 2, 5, dtype=torch.float64)
+    judge(model, wide, kept={"bn": "no-layer"}, others=[(high,)])
+    assert "has the channels and other axes in one" in plan_folding(model, (wide,)).kept[0].reason
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, z: m.bn(m.fc(z).unflatten(1, m.sizes).transpose(1, 2)).tanh(),
+        lambda m, z: m.bn(m.fc(z).view(len(z), *m.sizes).transpose(1, 2)).tanh(),
+    ],
+)
+def test_features_that_become_axes_on_both_sides_of_the_channels_keep_the_batchnorm(
+    forward: Any, judge: Judge, net: Any
+) -> None:
+    model = net(forward, bn=nn.BatchNorm2d(3), fc=nn.Linear(4, 30))
+    model.sizes = (5, 3, 2)
+    judge(model, torch.randn(7, 4, dtype=torch.float64), kept={"bn": "not-transparent"})
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.fc(m.bn(x).flatten(1)[:, :8]),
+        lambda m, x: m.fc(m.bn(x).reshape(len(x), -1)[:, :8]),
+        lambda m, x: m.fc(m.bn(x).flatten(1).split(8, 1)[0]),
+    ],
+)
+def test_slice_of_an_axis_that_channels_share_with_pixels_keeps_the_batchnorm(
+    forward: Any, judge: Judge, net: Any
+) -> None:
+    # Of images of four pixels it holds two channels, and of larger ones a part of the first.
+    model = net(forward, bn=nn.BatchNorm2d(3), fc=nn.Linear(8, 4))
+    small, large = torch.randn(5, 3, 2, 2, dtype=torch.float64), torch.randn(5, 3, 4, 3, dtype=torch.float64)
+    plan = judge(model, small, kept={"bn": "no-layer"}, others=[(large,)])
+    assert "has the channels and other axes in one" in plan.kept[0].reason
+
+
+def test_features_with_axes_on_one_side_of_the_channels_fold(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.fc(m.bn(x).permute(0, 2, 3, 1).flatten(1)), bn=nn.BatchNorm2d(3), fc=nn.Linear(30, 4))
+    judge(model, torch.randn(2, 3, 5, 2, dtype=torch.float64), folds={"bn": ["fc"]})
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.fc(m.bn(x).permute(0, 2, 1, 3).flatten(2).flatten(1)),
+        lambda m, x: m.fc(m.bn(x).permute(0, 2, 1, 3).flatten(1, 2).flatten(1)),
+        lambda m, x: m.fc(torch.cat([column.flatten(1) for column in m.bn(x).unbind(3)], 1)),
+    ],
+)
+def test_channels_between_rows_and_columns_keep_the_batchnorm_however_they_came_there(
+    forward: Any, judge: Judge, net: Any
+) -> None:
+    # Images of two rows and those of three have as many features.
+    model = net(forward, bn=nn.BatchNorm2d(4), fc=nn.Linear(48, 3))
+    wide, square = torch.randn(3, 4, 2, 6, dtype=torch.float64), torch.randn(3, 4, 3, 4, dtype=torch.float64)
+    judge(model, wide, kept={"bn": "no-layer"}, others=[(square,)])
+
+
+def test_squeeze_of_an_axis_that_is_longer_in_the_example_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    # An image of one column loses that axis, and what is left is taken for one image without a batch.
+    model = net(lambda m, x: m.conv(m.bn(x).squeeze(3)).tanh(), bn=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 4, 1))
+    image, column = torch.randn(5, 4, 8, 8, dtype=torch.float64), torch.randn(4, 4, 4, 1, dtype=torch.float64)
+    judge(model, image, kept={"bn": "no-layer"}, others=[(column,)])
+
+
+def test_join_of_scalars_behind_channels_is_no_axis_around_them(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.fc(torch.stack(m.bn(x)[0, :, 0].unbind(0))), bn=nn.BatchNorm1d(3), fc=nn.Linear(3, 2))
+    judge(model, torch.randn(5, 3, 4, dtype=torch.float64), folds={"bn": ["fc"]})
