@@ -198,7 +198,9 @@ class ValueGraph:
         frames: Every module call, by index; the first is the run itself.
         writers: For each storage that was written in place, the calls that did it.
         aliased: Storages that were reached through a tensor whose origin the run does not show, with a sentence.
-        forked: Modules that were running when a tensor became a Python value; None stands for the run itself.
+        forked: Modules that may take another path next time, and of each the words for what would decide that: those
+            that were running when a tensor became a Python value, and those that may have been told of it. None stands
+            for the run itself.
         layers: The weight layers and BatchNorms that were called, by name.
         batchnorms: Every BatchNorm of the model, by name, in the order of ``named_modules()``.
     """
@@ -208,7 +210,7 @@ class ValueGraph:
     frames: list[Frame] = field(default_factory=lambda: [Frame(None, None)])
     writers: dict[int, list[Call]] = field(default_factory=dict)
     aliased: dict[int, str] = field(default_factory=dict)
-    forked: set[str | None] = field(default_factory=set)
+    forked: dict[str | None, str] = field(default_factory=dict)
     layers: dict[str, Layer] = field(default_factory=dict)
     batchnorms: dict[str, BatchNorm] = field(default_factory=dict)
 
@@ -329,4 +331,5 @@ def _scalars(tree: Any) -> Any:
 def plain_name(name: str) -> str:
     """The everyday name of an operation: ``aten.add_.Tensor`` is ``add_``."""
     parts = name.split(".")
-    return parts[1] if len(parts) == 3 else name
+    plain = parts[1] if len(parts) == 3 else name
+    return "item" if plain == "_local_scalar_dense" else plain

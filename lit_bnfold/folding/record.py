@@ -73,8 +73,8 @@ class Recorder:
         model: The model of interest. The caller runs it, in whatever way is the real one.
         kinds: What counts as a layer and as a BatchNorm.
         plans: Whether a plan is to be made of what is recorded. For that, what outlives the run is found out.
-        lends: Whether, for a plan, a layer without a bias, but with a forward of its own, gets one of zeros for the time
-            being: only so can it be seen whether it would use that of a fold. It may refuse it and raise an error.
+        lends: Whether, for a plan, a layer without a bias, but with a forward of its own, gets one of zeros meanwhile.
+            Only so can it be seen whether it would use that of a fold; but it may refuse it, and raise an error.
         evens: Whether a BatchNorm that normalises by operations of its own is made to give, to the bit, what torch's
             own makes of it.
         instead: What is to run instead of the function of a layer, made of its name and of that function.
@@ -260,11 +260,14 @@ class Recorder:
         name, caller = self._census.names[module], self.running[-2].module
         is_given_one_tensor = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
         if not is_given_one_tensor or self._is_changed(module):
-            self.graph.forked.add(name)
+            self._note_told(name)
         around = (self._modules.get(name[:end]) for end, letter in enumerate(name) if letter == ".")
         running = {id(each.module) for each in self.running}
         if any(each is not None and id(each) not in running and self._is_changed(each) for each in around):
-            self.graph.forked.add(None if caller is None else self._census.names[caller])
+            self._note_told(None if caller is None else self._census.names[caller])
+
+    def _note_told(self, module: str | None) -> None:
+        self.graph.forked.setdefault(module, next(iter(self.graph.forked.values())))
 
     def _is_changed(self, module: nn.Module) -> bool:
         return _attributes_of(module) != self._attributes[id(module)]
@@ -506,8 +509,8 @@ class Recorder:
         self._add_call("opaque", getattr(function, "__name__", "Python code"), (tensor,))
         self._note_fork((tensor,))
 
-    def _note_fork(self, args: Any) -> None:
-        """A tensor became a Python value: the modules that are running may take another path the next time."""
+    def _note_fork(self, args: Any, what: str = "makes a Python value of a tensor") -> None:
+        """By what the latest call has done, the modules that are running may take another path the next time."""
         module = self.running[-1].module
         if type(module) in _RECURRENT_MODULES and module not in self._census.hooked and "forward" not in vars(module):
             # Torch's own code asks how many sequences a packed batch has, and tells nobody.
@@ -516,12 +519,14 @@ class Recorder:
             values = [self._ledger.value(tensor) for tensor in tensors_in(args)]
             if all(self._is_constant(value) for value in values):
                 return
-        self.graph.forked.update(self.graph.modules_around(self.running[-1].frame))
+        cause = f"{self.graph.where(self.graph.calls[-1])} {what}"
+        for around in self.graph.modules_around(self.running[-1].frame):
+            self.graph.forked.setdefault(around, cause)
 
     def _note_failure(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Whoever catches an error has learned something of the numbers that led to it."""
         self._add_call("opaque", name, (args, kwargs))
-        self._note_fork((args, kwargs))
+        self._note_fork((args, kwargs), "fails")
 
     # What the dispatch mode sees.
 
@@ -535,8 +540,10 @@ class Recorder:
             self._note_failure(known.name, args, kwargs)
             raise
         self._add_call("operation", known.name, args, kwargs, output, written, draws=known.draws)
-        if known.reveals_numbers or (known.is_index and has_mask(args[1])):
+        if known.reveals_numbers:
             self._note_fork((args, kwargs))
+        if known.is_index and has_mask(args[1]):
+            self._note_fork(args[1], "picks by a mask")
         return output
 
     def _add_call(

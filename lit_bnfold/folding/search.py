@@ -324,9 +324,7 @@ class _Search:
                 if module in self.graph.forked:
                     place = f"`{module}`" if module else "the model"
                     raise _StaysError(
-                        "python-value",
-                        f"{place} makes a Python value of a tensor, is told of one or catches an error, and may branch "
-                        "on it next time",
+                        "python-value", f"{self.graph.forked[module]}, and {place} may take another path next time"
                     )
 
     def _is_spread(self, calls: Sequence[Call], module: str | None) -> bool:

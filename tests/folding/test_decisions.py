@@ -152,6 +152,11 @@ def test_decision_on_what_an_operation_tells_of_its_numbers_keeps_the_batchnorm(
     judge(model, X.abs(), kept={"bn": "python-value"}, others=[(-X.abs(),)])
 
 
+def test_mask_of_constants_decides_nothing(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x.repeat(1, 2)[:, torch.arange(6) > 2]))), X, folds={"bn": ["fc"]})
+    judge(net(lambda m, x: m.bn(m.fc(x[x[:, 0] < 9]))), X, kept={"bn": "python-value"})
+
+
 def test_split_at_places_in_a_tensor_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
     model = net(lambda m, x, at: m.bn(m.fc(x).tensor_split(at, 1)[1]), fc=nn.Linear(3, 10), bn=nn.BatchNorm1d(3))
     judge(model, X, torch.tensor([2, 5]), kept={"bn": "python-value"}, others=[(X, torch.tensor([4, 7]))])

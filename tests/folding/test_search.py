@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -267,7 +268,32 @@ def test_decision_about_a_tensor_is_told_with_its_place(place: str, net: Any) ->
     model = Branching() if place == "the model" else net(lambda m, x: m.block(x), block=Branching())
     code, reason = kept(model.double())
     assert code == "python-value"
-    assert reason.startswith(f"{place} makes a Python value of a tensor, is told of one or catches an error")
+    cause = f"`item` in {place} makes a Python value of a tensor"
+    assert reason.startswith(f"{cause}, and {place} may take another path next time")
+
+
+def test_what_may_decide_next_time_is_named(net: Any) -> None:
+    def failing(m: Any, x: Tensor) -> Tensor:
+        with suppress(RuntimeError):
+            torch.multinomial(x, 1)
+        return m.bn(m.fc(x))  # type: ignore[no-any-return]
+
+    ways = {
+        "`item` in the model makes a Python value of a tensor": lambda m, x: m.bn(m.fc(x)) * float(x[0, 0].item()),
+        "`multinomial` in the model fails": failing,
+        "`index` in the model picks by a mask": lambda m, x: m.bn(m.fc(x[x[:, 0] < 9])),
+    }
+    for cause, way in ways.items():
+        code, reason = kept(net(way).double())
+        assert (code, reason.partition(", and ")[0]) == ("python-value", cause)
+
+
+def test_module_that_is_told_says_so(net: Any) -> None:
+    inner = net(lambda m, x, flag: m.bn(m.fc(x)) if flag else m.fc(x))
+    code, reason = kept(net(lambda m, x: m.inner(x, bool((x < 9).all())), inner=inner).double())
+    assert code == "python-value"
+    cause = "`item` in the model makes a Python value of a tensor"
+    assert reason.startswith(f"{cause}, and `inner` may take another path next time")
 
 
 # Beside a layer.
