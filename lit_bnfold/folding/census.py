@@ -69,10 +69,10 @@ class Census:
         self.hooked = {module for module in self.names if everywhere or _is_hooked(module)}
         self.owned = {module: own_tensors(module) for module in self.names}
         self.tensors: dict[Tensor, str] = {}
-        self._owners: dict[Tensor, list[str]] = defaultdict(list)
+        self._owners: dict[Tensor, list[tuple[str, str]]] = defaultdict(list)
         for module, name in self.names.items():
             for key, tensor in self.owned[module].items():
-                self._owners[tensor].append(_join(name, key))
+                self._owners[tensor].append((name, key))
                 self.tensors.setdefault(tensor, _join(name, key))
         self._refuse_lazy()
         self.layer_kinds = {module: layer for module in self.names if (layer := kinds.layer(module)) is not None}
@@ -199,8 +199,11 @@ class Census:
                 return "unusual-weight", f"`{called}` is not an ordinary parameter"
             if tensor in used and tensor.dtype not in FOLDABLE_DTYPES:
                 return "unusual-weight", f"`{called}` is of {tensor.dtype}, which cannot be scaled"
-            if len(self._owners[tensor]) > 1:
-                return "shared-parameter", f"`{called}` is also `{self._owners[tensor][1]}`"
+            # A module around the layer can reach its weight in any case, and keeps the same one.
+            around = () if computed else _around(name)
+            owners = [_join(*owner) for owner in self._owners[tensor] if owner[0] == name or owner[0] not in around]
+            if len(owners) > 1:
+                return "shared-parameter", f"`{owners[0]}` is also `{owners[1]}`"
         return None
 
     def _as_layer_obstacle(self, module: nn.Module) -> Obstacle | None:
@@ -282,6 +285,11 @@ def is_plain(tensor: Tensor) -> bool:
         return True
     function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
     return function in _TORCHS_FUNCTIONS and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def _around(name: str) -> list[str]:
+    """The names of the modules around one."""
+    return ["", *(name[:end] for end, letter in enumerate(name) if letter == ".")] if name else []
 
 
 def _join(module: str, key: str) -> str:

@@ -266,6 +266,12 @@ def test_original_shared_by_two_layers_keeps_the_batchnorm(judge: Judge) -> None
     )
 
 
+def test_original_shown_by_a_module_around_the_layer_keeps_the_batchnorm(judge: Judge) -> None:
+    block = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.BatchNorm1d(4))
+    block.register_parameter("length", block[0].weight_g)  # What is baked would leave this one behind.
+    judge(block, X, kept={"1": "shared-parameter"})
+
+
 def test_hook_beside_the_one_that_computes_keeps_the_batchnorm() -> None:
     layer = nn.utils.weight_norm(nn.Linear(3, 4).double())
     layer.register_forward_pre_hook(lambda module, args: None)

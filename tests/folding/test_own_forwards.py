@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_bnfold.folding import FoldingError, FoldingPlan, plan_folding
+from lit_bnfold.folding import FoldingError, FoldingPlan, fold_batchnorm, plan_folding
 
 Judge = Callable[..., FoldingPlan]
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -188,6 +188,33 @@ def test_container_called_through_its_forward_is_folded(judge: Judge, net: Any) 
 def test_layer_that_is_called_but_not_registered_is_no_layer(judge: Judge, net: Any) -> None:
     hidden = [nn.Linear(3, 4).double()]
     judge(net(lambda m, x: m.bn(hidden[0](x)), bn=nn.BatchNorm1d(4)), X, kept={"bn": "no-layer"})
+
+
+class Wrapper(nn.Module):
+    """Shows the weight of a part of it as its own, as code does that wants to look like a layer from outside."""
+
+    def __init__(self, reads: bool = False) -> None:
+        super().__init__()
+        self.linear, self.reads = nn.Linear(3, 4), reads
+        self.weight, self.bias = self.linear.weight, self.linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x + self.weight[0] if self.reads else x)  # type: ignore[no-any-return]
+
+
+def test_weight_that_a_module_around_the_layer_shows_as_its_own_is_folded(judge: Judge) -> None:
+    model = nn.Sequential(Wrapper(), nn.BatchNorm1d(4))
+    judge(model, X, folds={"1": ["0.linear"]})
+    assert model[0].weight is model[0].linear.weight
+    folded = fold_batchnorm(nn.Sequential(Wrapper(), nn.BatchNorm1d(4)).double(), (X,))
+    assert folded[0].weight is folded[0].linear.weight
+
+
+def test_weight_that_a_module_around_the_layer_reads_or_one_beside_it_owns_keeps_the_batchnorm(judge: Judge) -> None:
+    judge(nn.Sequential(Wrapper(reads=True), nn.BatchNorm1d(4)), X, kept={"1": "parameter-read"})
+    model = nn.Sequential(Wrapper(), nn.BatchNorm1d(4), nn.PReLU())
+    model[2].register_parameter("tied", model[0].linear.bias)
+    judge(model, X, kept={"1": "shared-parameter"})
 
 
 def test_one_module_under_two_names_is_folded_once(judge: Judge, net: Any) -> None:
