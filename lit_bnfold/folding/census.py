@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.nn.parameter import is_lazy
@@ -189,7 +190,7 @@ class Census:
                 return "computed-weight", f"the {key} of `{name}` is computed anew at every call"
         if computed.keys() - {"weight", "bias"}:
             return "computed-weight", f"`{name}` computes more than its weight and its bias at every call"
-        if getattr(module, "max_norm", None) is not None:
+        if self.layer_kinds[module].function is F.embedding and getattr(module, "max_norm", None) is not None:
             return "computed-weight", f"`{name}` limits the norm of its rows at every call"
         used = {tensor for key, tensor in self.owned[module].items() if key in ("weight", "bias")}
         for tensor in (*used, *self._originals(module)):

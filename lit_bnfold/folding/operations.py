@@ -91,6 +91,17 @@ def is_foreign(function: Callable[..., Any]) -> bool:
     return isinstance(function, FunctionType) and function.__module__.partition(".")[0] != "torch"
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    """The name of a function in words for a reason.
+
+    Args:
+        function: The function.
+    """
+    # What is set is an attribute, and its setter is called like that of any other.
+    setter = Tensor.data.__set__  # type: ignore[attr-defined]
+    return "data" if function == setter else getattr(function, "__name__", "Python code")
+
+
 def lets_numbers_out(function: Callable[..., Any]) -> bool:
     """Whether a function gives Python the numbers of a tensor, or could; no operation below shows it.
 

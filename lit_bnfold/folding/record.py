@@ -47,6 +47,7 @@ from lit_bnfold.folding.operations import (
     is_foreign,
     known_of,
     lets_numbers_out,
+    name_of,
     numbers_read,
 )
 from lit_bnfold.folding.tensors import WITHOUT_TENSORS, address_of, holds_no_tensor, tensors_in
@@ -506,7 +507,7 @@ class Recorder:
             self._add_call("opaque", "Python code", (tensor,))
 
     def _note_reading(self, function: Callable[..., Any], tensor: Tensor) -> None:
-        self._add_call("opaque", getattr(function, "__name__", "Python code"), (tensor,))
+        self._add_call("opaque", name_of(function), (tensor,))
         self._note_fork((tensor,))
 
     def _note_fork(self, args: Any, what: str = "makes a Python value of a tensor") -> None:

@@ -217,6 +217,30 @@ def test_weight_that_a_module_around_the_layer_reads_or_one_beside_it_owns_keeps
     judge(model, X, kept={"1": "shared-parameter"})
 
 
+class Constrained(nn.Linear):
+    """Limits the norm of its rows, as published models of EEG do."""
+
+    max_norm = 1.0
+
+
+class ConstrainedByItself(Constrained):
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, self.max_norm)
+        return super().forward(x)
+
+
+class Limit(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.renorm(weight, 2, 0, Constrained.max_norm)
+
+
+def test_limit_of_the_norm_is_baked_if_a_parametrization_computes_it(judge: Judge) -> None:
+    judge(nn.Sequential(ConstrainedByItself(3, 4), nn.BatchNorm1d(4)), X, kept={"1": "parameter-read"})
+    layer = Constrained(3, 4)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Limit())
+    judge(nn.Sequential(layer, nn.BatchNorm1d(4)), X, folds={"1": ["0"]})
+
+
 def test_one_module_under_two_names_is_folded_once(judge: Judge, net: Any) -> None:
     bn = nn.BatchNorm1d(4)
     model = net(lambda m, x: m.second(m.fc(x)), fc=nn.Linear(3, 4), first=bn, second=bn)
