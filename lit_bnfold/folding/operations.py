@@ -97,9 +97,9 @@ def name_of(function: Callable[..., Any]) -> str:
     Args:
         function: The function.
     """
-    # What is set is an attribute, and its setter is called like that of any other.
-    setter = Tensor.data.__set__  # type: ignore[attr-defined]
-    return "data" if function == setter else getattr(function, "__name__", "Python code")
+    name: str = getattr(function, "__name__", "Python code")
+    # An attribute is got and set by functions of its descriptor.
+    return function.__self__.__name__ if name in ("__get__", "__set__") else name  # type: ignore[attr-defined]
 
 
 def lets_numbers_out(function: Callable[..., Any]) -> bool:

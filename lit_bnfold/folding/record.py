@@ -504,7 +504,7 @@ class Recorder:
             self._note_reading(function, tensor)
         elif id(tensor) in self._statistics:
             # A glance at the dtype is a reading too: the tensor will be gone from the folded model.
-            self._add_call("opaque", "Python code", (tensor,))
+            self._add_call("opaque", name_of(function), (tensor,))
 
     def _note_reading(self, function: Callable[..., Any], tensor: Tensor) -> None:
         self._add_call("opaque", name_of(function), (tensor,))
