@@ -65,6 +65,7 @@ class Fold:
             layer of the same input that it is added to.
         note: A warning, in a sentence, if its numbers cost many digits; else None.
         eps: What it adds to its variance, if only a run could tell; None where it is an attribute of the module.
+        written: Whether what it is added to is written into its output: what is left of it gives zeros of their own.
 
     Example:
         >>> Fold("bn", (Part("left"), Part("right"))).layers
@@ -76,6 +77,7 @@ class Fold:
     direction: str = "backward"
     note: str | None = None
     eps: float | None = None
+    written: bool = False
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -166,7 +168,7 @@ class FoldingPlan:
             >>> FoldingPlan((Fold("bn", (Part("fc"),)),)).to_dict()["folds"]  # doctest: +ELLIPSIS
             [{'batchnorm': 'bn', 'parts': [{...}], 'direction': 'backward', 'note': None, 'eps': None}]
         """
-        folds = [asdict(fold) | {"parts": [_part_to_dict(part) for part in fold.parts]} for fold in self.folds]
+        folds = [_fold_to_dict(fold) for fold in self.folds]
         plan = {"version": MANIFEST_VERSION, "folds": folds, "kept": [asdict(kept) for kept in self.kept]}
         return plan | {_CHECKSUM: _checksum(plan)}
 
@@ -217,11 +219,17 @@ def _checksum(plan: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+def _fold_to_dict(fold: Fold) -> dict[str, Any]:
+    return _without_news(asdict(fold) | {"parts": [_part_to_dict(part) for part in fold.parts]})
+
+
 def _part_to_dict(part: Part) -> dict[str, Any]:
-    given = asdict(part) | {"channels": None if part.channels is None else list(part.channels)}
-    if not part.residual:
-        del given["residual"]  # Earlier releases, which do not know it, can take the plan then.
-    return given
+    return _without_news(asdict(part) | {"channels": None if part.channels is None else list(part.channels)})
+
+
+def _without_news(given: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what earlier releases do not know where it says nothing, so that they can take the plan."""
+    return {key: value for key, value in given.items() if value or key not in ("residual", "written")}
 
 
 # What a plan looks like as plain data: the types of each field. What has a default can be left out, as plans of older
@@ -236,6 +244,7 @@ _FOLD: _Schema = {
     "direction": (str,),
     "note": (str, type(None)),
     "eps": (*_NUMBER, type(None)),
+    "written": (bool,),
 }
 _PART: _Schema = {
     "layer": (str,),
@@ -246,7 +255,7 @@ _PART: _Schema = {
     "residual": _NUMBER,
 }
 _KEPT: _Schema = {"batchnorm": (str,), "reason": (str,), "code": (str,)}
-_DEFAULTS = {"note": None, "eps": None, "baked": False, "function": None, "residual": 0.0}
+_DEFAULTS = {"note": None, "eps": None, "baked": False, "function": None, "residual": 0.0, "written": False}
 
 
 def _fields(given: Any, schema: _Schema, place: str) -> dict[str, Any]:
@@ -290,6 +299,8 @@ def _fold_from_dict(given: Any, place: str) -> Fold:
     names = [part.layer for part in parts]
     if not parts or len(set(names)) < len(names) or fold["batchnorm"] in names:
         raise _not_a_plan(f"{place}.parts", f"layers beside {fold['batchnorm']!r}, each once", names)
+    if fold["written"] and fold["direction"] != "parallel":
+        raise _not_a_plan(f"{place}.written", "False where the fold is not parallel", True)
     eps = None if fold["eps"] is None else _finite(fold["eps"], f"{place}.eps")
     if eps is not None and eps < 0.0:
         raise _not_a_plan(f"{place}.eps", "a number from 0 on", eps)

@@ -122,7 +122,7 @@ def fold_structure(plan: FoldingPlan, model: nn.Module) -> None:
             layer, kind = modules[part.layer], KINDS.layer(modules[part.layer], part.function)
             assert kind is not None
             make_ordinary(layer, kind)
-        erase(modules[fold.batchnorm], fold.direction, KINDS)
+        erase(modules[fold.batchnorm], fold, KINDS)
 
 
 def make_ordinary(layer: Any, kind: LayerKind) -> Undo:
@@ -229,7 +229,7 @@ def _fold(fold: Fold, modules: dict[str, Any], kinds: Kinds) -> list[Undo]:
                 undos.append(make_ordinary(layer, layer_kind))
                 numbers = folded_numbers(fold.direction, part, layer, layer_kind, scale, shift)
                 undos.extend(_set_data(layer._parameters[key], new) for key, new in numbers.items())
-            undos.append(erase(batchnorm, fold.direction, kinds))
+            undos.append(erase(batchnorm, fold, kinds))
         except BaseException:
             _undo_all(undos)
             raise
@@ -314,34 +314,6 @@ def _zeros(input: Tensor) -> Tensor:
     return input.new_zeros(()).expand(input.shape)
 
 
-# Weakly, for classes may be made while the process runs, and go again.
-_rests: WeakValueDictionary[Any, Any] = WeakValueDictionary()
-
-
-def _rest_of(kind: Any, direction: str) -> Any:
-    """A class that runs the forward of a BatchNorm's class, with its normalisation left out."""
-    known = _rests.get((kind, direction))
-    if known is not None:
-        return known
-    gives = _zeros if direction == "parallel" else nn.Identity()
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _InsteadOfNormalising(gives):
-            return kind.forward(self, *args, **kwargs)
-
-    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        return _new_rest, (kind, direction), vars(self)
-
-    body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
-    _rests[kind, direction] = rest = type(kind.__name__, (Rest, kind), body)
-    return rest
-
-
-def _new_rest(kind: Any, direction: str) -> Any:
-    rest = _rest_of(kind, direction)
-    return rest.__new__(rest)
-
-
 class Zero(nn.Module):
     """What is left of a BatchNorm that was folded into a layer beside it: it adds nothing."""
 
@@ -350,12 +322,55 @@ class Zero(nn.Module):
         return _zeros(input)
 
 
-def erase(batchnorm: nn.Module, direction: str, kinds: Kinds = KINDS) -> Undo:
+class WritableZero(Zero):
+    """What is left of it where the sum is written into its output."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Zeros for an input of any shape, that can be written."""
+        return torch.zeros_like(input)
+
+
+_GIVES: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.Identity: nn.Identity(),
+    Zero: _zeros,
+    WritableZero: torch.zeros_like,
+}
+"""What each module that is left of a BatchNorm gives in place of the normalised input."""
+
+# Weakly, for classes may be made while the process runs, and go again.
+_rests: WeakValueDictionary[Any, Any] = WeakValueDictionary()
+
+
+def _rest_of(kind: Any, left: type[nn.Module]) -> Any:
+    """A class that runs the forward of a BatchNorm's class, with its normalisation left out."""
+    known = _rests.get((kind, left))
+    if known is not None:
+        return known
+    gives = _GIVES[left]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _InsteadOfNormalising(gives):
+            return kind.forward(self, *args, **kwargs)
+
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        return _new_rest, (kind, left), vars(self)
+
+    body = {"forward": forward, "__reduce_ex__": reduce, "__module__": kind.__module__}
+    _rests[kind, left] = rest = type(kind.__name__, (Rest, kind), body)
+    return rest
+
+
+def _new_rest(kind: Any, left: type[nn.Module]) -> Any:
+    rest = _rest_of(kind, left)
+    return rest.__new__(rest)
+
+
+def erase(batchnorm: nn.Module, fold: Fold, kinds: Kinds = KINDS) -> Undo:
     """Take a BatchNorm's normalisation away where it stands, so that no second reference to it still normalises.
 
     Args:
         batchnorm: The BatchNorm; it is changed in place.
-        direction: Where it is folded to: what was folded ``parallel`` leaves a zero, all others leave their input.
+        fold: Where it is folded to: what was folded ``parallel`` leaves a zero, all others leave their input.
         kinds: What counts as a BatchNorm.
 
     Returns:
@@ -363,11 +378,14 @@ def erase(batchnorm: nn.Module, direction: str, kinds: Kinds = KINDS) -> Undo:
     """
     kind: Any = type(batchnorm)
     parameters, buffers = batchnorm._parameters, batchnorm._buffers
+    left: type[nn.Module] = nn.Identity
+    if fold.direction == "parallel":
+        left = WritableZero if fold.written else Zero
     if kinds.only_normalises(batchnorm):
-        _become(batchnorm, Zero if direction == "parallel" else nn.Identity, {}, {})
+        _become(batchnorm, left, {}, {})
     else:
         # A forward of its own still asks for its tensors, be it to hand them to `batch_norm`.
-        _become(batchnorm, _rest_of(kind, direction), dict.fromkeys(parameters), dict.fromkeys(buffers))
+        _become(batchnorm, _rest_of(kind, left), dict.fromkeys(parameters), dict.fromkeys(buffers))
     return partial(_become, batchnorm, kind, parameters, buffers)
 
 

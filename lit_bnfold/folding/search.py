@@ -169,6 +169,7 @@ class _Search:
         self.calls = graph.calls_of.get(name, [])
         self.maps: dict[int, Channels] = {}
         self.layers: dict[str, None] = {}
+        self._written = False
 
     def fold(self) -> Fold:
         """The fold.
@@ -187,7 +188,7 @@ class _Search:
         self._check_other_paths()
         facts = self.graph.batchnorms[self.name]
         note = _note(facts.gain, self.graph.values[self.calls[0].inputs[0]].dtype)
-        return Fold(self.name, parts, self.direction, note, facts.eps)
+        return Fold(self.name, parts, self.direction, note, facts.eps, self._written)
 
     def _walk(self) -> None:
         raise NotImplementedError
@@ -556,8 +557,7 @@ class _Parallel(_Search):
             value = self.graph.values[reader.outputs[0]]
         if not _is_sum(self.graph, reader):
             raise self._seen_by(value, reader)
-        if _writes(reader) and reader.inputs[0] == output.index:
-            raise _StaysError("written", f"its output is written in place by {self.graph.where(reader)}")
+        self._written = _writes(reader) and reader.inputs[0] == output.index
         other = next(index for index in reader.inputs if index != value.index)
         layer, sign = self._addend(_Term(self.graph.values[other], _sign(reader, other), reader))
         self._sign = sign * _sign(reader, value.index)

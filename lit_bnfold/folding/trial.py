@@ -183,7 +183,7 @@ def obstacle_to(
                 return "computed-weight", f"`{name}` computes another weight at every call"
             bake(modules[name])
     for fold in plan.folds:
-        erase(modules[fold.batchnorm], fold.direction, kinds)
+        erase(modules[fold.batchnorm], fold, kinds)
         for part in fold.parts:
             _lend_parameters(modules[part.layer], kinds.layer(modules[part.layer], part.function))
 
