@@ -68,8 +68,12 @@ class LayerKind:
         Args:
             module: The module.
         """
-        if hasattr(module, self.in_channels) and hasattr(module, self.out_channels):
-            return int(getattr(module, self.in_channels)), int(getattr(module, self.out_channels))
+        if self is NORMALISING:
+            number = KINDS.num_features(module)
+            return number, number
+        named = getattr(module, self.in_channels, None), getattr(module, self.out_channels, None)
+        if isinstance(named[0], int) and isinstance(named[1], int):
+            return named[0], named[1]
         weight = module.weight
         assert isinstance(weight, Tensor)
         first, second = weight.shape[0], weight.shape[1] * self.groups(module)
@@ -296,7 +300,9 @@ class Kinds:
         """
         kind = self.batchnorm(module)
         mean = None if kind is None else kind.statistics(module)[0]
-        return int(getattr(module, "num_features", 0 if mean is None else len(mean)))
+        # Torch takes whatever makes a tensor of that size for `num_features`, such as a list.
+        number = mean.numel() if isinstance(mean, Tensor) else getattr(module, "num_features", 0)
+        return number if isinstance(number, int) else 0
 
 
 KINDS = Kinds()
@@ -304,12 +310,12 @@ KINDS = Kinds()
 
 
 def _is_frozen_batchnorm(module: nn.Module) -> bool:
-    """Whether a module is a BatchNorm for inference alone, as detection models have them."""
-    if "BatchNorm" not in type(module).__name__ or module._modules:
+    """Whether a module is a BatchNorm of a class of its own, as detection models have them for inference alone."""
+    tensors = own_tensors(module).keys() - {"num_batches_tracked"}
+    if tensors != _STATISTICS or module._modules:
         return False
-    tensors = own_tensors(module)
-    lengths = {tensor.shape for tensor in tensors.values()}
-    return tensors.keys() == _STATISTICS and len(lengths) == 1 and len(lengths.pop()) == 1
+    lengths = {own_tensors(module)[key].shape for key in _STATISTICS}
+    return len(lengths) == 1 and len(lengths.pop()) == 1
 
 
 def size_of_bias_left_out(module: nn.Module) -> int | None:

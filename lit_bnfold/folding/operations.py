@@ -62,6 +62,12 @@ _REVEALING = {
     "_pad_packed_sequence",
 }  # fmt: skip
 
+# These read the shape of a tensor, and none of its numbers.
+_READING_SHAPES = {
+    "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like",
+    "new_empty", "new_zeros", "new_ones", "new_full",
+}  # fmt: skip
+
 # Namespaces of operations whose shapes depend on shapes alone, unless they say so.
 _TORCHS = {"aten", "prim", "prims", "quantized", "profiler"}
 
@@ -188,6 +194,7 @@ class Known(NamedTuple):
         draws: Whether it draws random numbers, or could.
         reveals_numbers: Whether it tells Python something of the numbers in its tensors, be it by a shape.
         is_index: Whether it does so if it is given a mask.
+        reads_shapes: Whether it reads nothing but the shapes, dtypes and devices of what it is given.
     """
 
     name: str
@@ -197,6 +204,7 @@ class Known(NamedTuple):
     draws: bool
     reveals_numbers: bool
     is_index: bool
+    reads_shapes: bool
 
 
 @cache
@@ -214,7 +222,7 @@ def known_of(operation: Any) -> Known:
     schema = getattr(operation, "_schema", None)
     places = [] if schema is None else list(enumerate(schema.arguments))
     is_torchs = name.startswith("aten.")
-    is_index = operation in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
+    is_index = operation is torch.ops.aten.index.Tensor
     reveals_numbers = (
         torch.Tag.data_dependent_output in tags
         or torch.Tag.dynamic_output_shape in tags
@@ -231,6 +239,7 @@ def known_of(operation: Any) -> Known:
         draws=not is_torchs or torch.Tag.nondeterministic_seeded in tags,
         reveals_numbers=reveals_numbers and not is_index,
         is_index=is_index,
+        reads_shapes=is_torchs and plain_name(name) in _READING_SHAPES,
     )
 
 

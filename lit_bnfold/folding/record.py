@@ -136,6 +136,7 @@ class Recorder:
         self._before_write: dict[Tensor, Tensor] = {}
         self._varying: set[int] = set()  # storages that hold something else than constants
         self._lent: dict[nn.Module, Tensor] = {}
+        self._picked: dict[int, int] = {}  # values of a length that a mask decides, which nobody saw, and who made them
         self._modules = {name: module for module, name in self._census.names.items()}
         self._hashes = {id(module): hash(module) for module in self._census.names}
         # By identity, for the hash of a metric of torchmetrics changes with its state.
@@ -499,6 +500,9 @@ class Recorder:
         return output
 
     def _note_python(self, function: Callable[..., Any], tensor: Tensor) -> None:
+        if self._picked:
+            with self.looking_away:
+                self._note_look(self._ledger.value(tensor))
         if lets_numbers_out(function):
             self._save_before_write(tensor)  # Whoever has the memory could write it unseen.
             self._note_reading(function, tensor)
@@ -512,17 +516,29 @@ class Recorder:
 
     def _note_fork(self, args: Any, what: str = "makes a Python value of a tensor") -> None:
         """By what the latest call has done, the modules that are running may take another path the next time."""
+        if self._varies(args):
+            self._enter_fork(self.graph.calls[-1], what)
+
+    def _varies(self, args: Any) -> bool:
+        """Whether anything that could be another one next time is among some tensors of which Python is told."""
         module = self.running[-1].module
         if type(module) in _RECURRENT_MODULES and module not in self._census.hooked and "forward" not in vars(module):
             # Torch's own code asks how many sequences a packed batch has, and tells nobody.
-            return
+            return False
         with self.looking_away:
             values = [self._ledger.value(tensor) for tensor in tensors_in(args)]
-            if all(self._is_constant(value) for value in values):
-                return
-        cause = f"{self.graph.where(self.graph.calls[-1])} {what}"
-        for around in self.graph.modules_around(self.running[-1].frame):
-            self.graph.forked.setdefault(around, cause)
+            return not all(self._is_constant(value) for value in values)
+
+    def _enter_fork(self, call: Call, what: str) -> None:
+        frames = (call.frame, self.running[-1].frame)
+        for around in (module for frame in frames for module in self.graph.modules_around(frame)):
+            self.graph.forked.setdefault(around, f"{self.graph.where(call)} {what}")
+
+    def _note_look(self, value: Value) -> None:
+        """Somebody has read a value, and may have looked at its shape."""
+        picked = self._picked.pop(value.index, None)
+        if picked is not None:
+            self._enter_fork(self.graph.calls[picked], "picks by a mask")
 
     def _note_failure(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Whoever catches an error has learned something of the numbers that led to it."""
@@ -540,11 +556,14 @@ class Recorder:
         except BaseException:
             self._note_failure(known.name, args, kwargs)
             raise
-        self._add_call("operation", known.name, args, kwargs, output, written, draws=known.draws)
+        read = args[1:] if known.reads_shapes else args
+        self._add_call("operation", known.name, read, kwargs, output, written, draws=known.draws)
         if known.reveals_numbers:
             self._note_fork((args, kwargs))
-        if known.is_index and has_mask(args[1]):
-            self._note_fork(args[1], "picks by a mask")
+        if known.is_index and has_mask(args[1]) and self._varies(args[1]):
+            # How many it has picked is a Python value as soon as somebody looks at the shape of them.
+            with self.looking_away:
+                self._picked[self._ledger.value(output).index] = self.graph.calls[-1].index
         return output
 
     def _add_call(
@@ -577,6 +596,8 @@ class Recorder:
             self.graph.calls.append(call)
             for value in read.values():
                 value.users.append(call.index)
+                if self._picked and not _is_written_back(call, value):
+                    self._note_look(value)
             made = [tensor for tensor in _tensors_given((output,)) if id(tensor) not in read]
             constant = not draws and kind == "operation" and all(map(self._is_constant, read.values()))
             outputs = [self._ledger.add(tensor, call.index, constant) for tensor in (*written, *made)]
@@ -677,6 +698,14 @@ class _OperationWitness(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         return self._recorder.on_operation(func, args, kwargs)
+
+
+def _is_written_back(call: Call, value: Value) -> bool:
+    """Whether a call writes a value to where a mask says, and does nothing else with it: ``x[mask] = value``."""
+    if call.name != "aten.index_put_.default" or len(call.args) < 3:
+        return False
+    target, indices, written = call.args[:3]
+    return written == Ref(value.index) and Ref(value.index) not in (target, *indices)
 
 
 def _tensors_given(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:

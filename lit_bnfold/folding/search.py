@@ -275,7 +275,7 @@ class _Search:
 
     def _part_along(self, name: str, channels: Channels | None, axis: int, size: int) -> Part:
         if channels is None:
-            raise _StaysError("other-call", f"`{name}` is also called where nothing is normalised")
+            raise _StaysError("other-call", f"`{name}` is also called without this BatchNorm")
         along = channels.along_axis(axis, size)
         if along is None:
             raise _StaysError("channel-axis", f"its channels do not lie on those of `{name}`")
@@ -450,7 +450,8 @@ class _Backward(_Search):
             fate = "is folded beside a layer" if call.owner in self.folded else "stays"
             raise _StaysError("behind-batchnorm", f"it normalises what the BatchNorm `{call.owner}` gave, which {fate}")
         if call.name not in RULES:
-            raise _StaysError("no-layer", f"it normalises what {self.graph.where(call)} made, which is no layer")
+            what = "outside of any layer" if call.name in _OF_LAYERS else "which is no layer"
+            raise _StaysError("no-layer", f"it normalises what {self.graph.where(call)} made, {what}")
         try:
             return RULES[call.name].up(self.graph, call, call.outputs.index(value.index), channels)
         except NotTransparent as reason:
@@ -640,6 +641,14 @@ class _Residual(_Search):
         part = self._part_along(name, self.maps.get(call.outputs[0]), layer.channel_axis, layer.out_channels)
         return replace(part, residual=self._residuals[name])
 
+
+# What the function of a layer becomes where it is called with the weight of another module, or of none.
+_OF_LAYERS = (
+    "aten.convolution.default",
+    "aten.addmm.default",
+    "aten.mm.default",
+    "aten.embedding.default",
+)
 
 _SUMS = ("aten.add.Tensor", "aten.add_.Tensor", "aten.sub.Tensor", "aten.sub_.Tensor")
 

@@ -210,7 +210,7 @@ def _check_short_axes(graph: ValueGraph, call: Call, labels: Tensor, moved: Tens
     left_is_known = left <= moved_left or _joins_before_channels(call, labels, moved)
     right_is_known = right <= moved_right or _is_average(graph, call, labels)
     if not (left_is_known and between <= moved_between and right_is_known):
-        raise NotTransparent("removes an axis of size 1: an example of at least 2 there would show what it really does")
+        raise NotTransparent("removes an axis of size 1, and does not show what it would do with a longer one")
 
 
 def _joins_before_channels(call: Call, labels: Tensor, moved: Tensor) -> bool:
@@ -278,7 +278,7 @@ def _same(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 def _cast(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     for index in (*call.inputs, *call.outputs):
         if not graph.values[index].dtype.is_floating_point:
-            raise NotTransparent("turns into numbers that cannot be scaled")
+            raise NotTransparent("turns into or from numbers that are not real floating-point ones")
     return labels
 
 

@@ -117,6 +117,38 @@ class FrozenBatchNorm1d(nn.Module):
         return output.relu() if self.rectifies else output
 
 
+class Homemade(nn.Module):
+    """A BatchNorm of a project's own, by name none."""
+
+    def __init__(self, scales_twice: bool) -> None:
+        super().__init__()
+        self.scales_twice = scales_twice
+        self.weight, self.bias = nn.Parameter(torch.rand(4) + 0.5), nn.Parameter(torch.randn(4))
+        for name, values in (("running_mean", torch.randn(4)), ("running_var", torch.rand(4) + 0.5)):
+            self.register_buffer(name, values)
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = (self.running_mean, self.running_var, self.weight, self.bias)
+        y = F.batch_norm(x, *numbers, training=self.training)
+        return y * self.weight if self.scales_twice else y
+
+
+def test_whatever_has_the_tensors_of_a_batchnorm_and_does_what_one_does_is_folded(judge: Judge) -> None:
+    judge(nn.Sequential(nn.Linear(3, 4), Homemade(scales_twice=False)), X, folds={"1": ["0"]})
+    judge(nn.Sequential(nn.Linear(3, 4), Homemade(scales_twice=True)), X, kept={"1": "own-forward"})
+
+
+def test_instance_norm_that_normalises_by_statistics_it_tracked_is_folded(judge: Judge) -> None:
+    images = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    for tracks in (True, False):
+        norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=tracks)
+        if norm.running_mean is not None and norm.running_var is not None:
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.2, 3.0)
+        judge(nn.Sequential(nn.Conv2d(3, 4, 3), norm), images, folds={"1": ["0"]} if tracks else {})
+
+
 @pytest.mark.parametrize("eps", [1e-5, 1e-3, 1e-12, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_eps_that_stands_in_the_forward_alone_is_found_out(eps: float, dtype: torch.dtype, agree: Any) -> None:

@@ -157,6 +157,31 @@ def test_mask_of_constants_decides_nothing(judge: Judge, net: Any) -> None:
     judge(net(lambda m, x: m.bn(m.fc(x[x[:, 0] < 9]))), X, kept={"bn": "python-value"})
 
 
+@pytest.mark.parametrize(
+    ("write", "decides"),
+    [
+        (lambda x, mask: x.index_put_((mask,), torch.tensor(0.0).to(x)), False),
+        (lambda x, mask: x.__setitem__(mask, x.flip(0)[mask]), False),
+        (lambda x, mask: x.__setitem__(mask, (picked := x.flip(0)[mask]) * len(picked)), True),
+        (lambda x, mask: x.__setitem__(mask, x[mask].sum() * x[mask].shape[0]), True),
+        (lambda x, mask: x.__setitem__(mask, x[mask][:1].sum()), True),
+    ],
+)
+def test_write_by_a_mask_decides_nothing_as_long_as_nobody_counts(
+    write: Callable[[Tensor, Tensor], object], decides: bool, judge: Judge, net: Any
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        write(x, x > 0)
+        return m.bn(m.fc(x))  # type: ignore[no-any-return]
+
+    judge(net(forward), X, folds={} if decides else {"bn": ["fc"]}, kept={"bn": "python-value"} if decides else {})
+
+
+def test_what_a_mask_has_picked_may_be_returned(judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(m.fc(x)).tanh()[x[:, 0] > 0]), X, folds={"bn": ["fc"]})
+
+
 def test_split_at_places_in_a_tensor_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
     model = net(lambda m, x, at: m.bn(m.fc(x).tensor_split(at, 1)[1]), fc=nn.Linear(3, 10), bn=nn.BatchNorm1d(3))
     judge(model, X, torch.tensor([2, 5]), kept={"bn": "python-value"}, others=[(X, torch.tensor([4, 7]))])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -266,6 +267,12 @@ def test_model_that_cannot_be_copied_is_refused(net: Any) -> None:
     model.lock = threading.Lock()
     with pytest.raises(FoldingError, match="cannot be copied"):
         plan_folding(model, (X.float(),))
+
+
+def test_model_that_holds_a_module_of_python_is_folded(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x)) * m.config.pi)
+    model.config = math
+    judge(model, X, folds={"bn": ["fc"]})
 
 
 def test_model_that_holds_tensors_of_its_last_run_is_folded(judge: Judge, net: Any) -> None:

@@ -316,11 +316,20 @@ def test_frozen_parameters_are_folded_and_stay_frozen(judge: Judge) -> None:
     assert not model[0].bias.requires_grad
 
 
-def test_attributes_that_lie_about_the_sizes_keep_the_batchnorm(judge: Judge) -> None:
-    for place, name in ((0, "out_features"), (1, "num_features")):
-        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-        setattr(model[place], name, 5)
-        judge(model, X, kept={"1": "unusual-weight"})
+def test_attributes_of_a_layer_that_lie_about_its_sizes_keep_the_batchnorm(judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[0].out_features = 5
+    judge(model, X, kept={"1": "unusual-weight"})
+
+
+@pytest.mark.parametrize("size", [[4], (4,), torch.Size([4]), None, 5])
+def test_attributes_for_sizes_that_are_no_numbers_or_that_nobody_needs_are_no_obstacle(size: Any, judge: Judge) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    model[1].num_features = size
+    if not isinstance(size, int):
+        model[3].in_features = size
+        model[0].out_features = size
+    judge(model, X, folds={"1": ["0"]})
 
 
 def test_forward_replaced_on_a_layer_without_bias_keeps_the_batchnorm(judge: Judge) -> None:

@@ -312,6 +312,15 @@ class Beside(nn.Module):
         return self.function(self, x)
 
 
+@pytest.mark.parametrize(
+    "read",
+    [torch.zeros_like, torch.empty_like, lambda y: torch.full_like(y, 2.0), lambda y: y.new_zeros(y.shape),
+     lambda y: y.new_ones(1)],
+)  # fmt: skip
+def test_reader_of_the_shape_alone_does_not_keep_the_batchnorm(read: Any, judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(y := m.fc(x)).relu() + 0 * read(y).nan_to_num()), X, folds={"bn": ["fc"]})
+
+
 def called_twice(m: Any, x: Tensor) -> Tensor:
     return (m.conv(x) + m.id(x)).tanh() * m.id(x)
 

@@ -292,9 +292,9 @@ def test_axis_of_one_that_vanishes_beside_the_channels_is_refused_both_ways(
 ) -> None:
     graph, call = recorded(net, operation, [torch.randn(shape, dtype=torch.float64)])
     rank = len(graph.values[call.outputs[0]].shape)
-    with pytest.raises(NotTransparent, match="of at least 2 there"):
+    with pytest.raises(NotTransparent, match="with a longer one"):
         RULES[call.name].up(graph, call, 0, Channels.along(axis, 3, rank))
-    with pytest.raises(NotTransparent, match="of at least 2 there"):
+    with pytest.raises(NotTransparent, match="with a longer one"):
         RULES[call.name].down(graph, call, {call.inputs[0]: Channels.along(shape.index(3), 3, len(shape))})
 
 
@@ -343,9 +343,9 @@ def test_single_channel_is_on_every_axis_of_one(net: Any) -> None:
 
 def test_cast_to_whole_numbers_is_refused_both_ways(net: Any) -> None:
     graph, call = recorded(net, lambda x: x.to(torch.int64), [torch.randn(2, 3)])
-    with pytest.raises(NotTransparent, match="cannot be scaled"):
+    with pytest.raises(NotTransparent, match="are not real"):
         RULES[call.name].down(graph, call, {call.inputs[0]: Channels.along(1, 3, 2)})
-    with pytest.raises(NotTransparent, match="cannot be scaled"):
+    with pytest.raises(NotTransparent, match="are not real"):
         RULES[call.name].up(graph, call, 0, Channels.along(1, 3, 2))
 
 
