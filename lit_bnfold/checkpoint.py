@@ -395,11 +395,16 @@ def _being_loaded(module: Any) -> Path | None:
 
 
 def _check_dtypes(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Make sure that no weight would be cut to integers, or made of some: torch converts without a word."""
+    """Make sure that no weight would be made of integers, and nothing cut to some: torch converts without a word."""
+    parameters = dict(module.named_parameters())
     for name, own in module.state_dict().items():
         saved = state.get(name)
         # Extra state may be anything.
-        if isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor) and _kind(own) != _kind(saved):
+        if not (isinstance(own, torch.Tensor) and isinstance(saved, torch.Tensor)):
+            continue
+        # What a module counts with, or fits by itself, may begin as something else than what it became.
+        is_held = torch.can_cast(saved.dtype, own.dtype) and name not in parameters
+        if _kind(own) != _kind(saved) and not is_held:
             raise FoldingError(
                 f"The checkpoint has `{name}` in {saved.dtype}, and the module has it in {own.dtype}; fold the "
                 "checkpoint that it was made of again."

@@ -53,6 +53,9 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
     except Exception as error:
         if zipfile.is_zipfile(file) and "weights_only" in str(error):
             raise ValueError(_holds_more(path)) from error
+        # Its checksums are right: it is as it was written.
+        if zipfile.is_zipfile(file) and isinstance(error, (AttributeError, ImportError)):
+            raise ValueError(_holds_unknown(path, error)) from error
         raise ValueError(f"Expected a checkpoint of Lightning at {path}, found {_kind_of(file)}.") from error
     _check_content(checkpoint, path)
     return checkpoint
@@ -98,6 +101,13 @@ def _holds_more(path: object) -> str:
         f"The checkpoint {path} holds more than tensors and plain values, which can run any code when it is read. If "
         "you trust it, allow that: `lit-bnfold fold` takes `--weights_only false`, `load_folded` and "
         "`fold_checkpoint` take weights_only=False."
+    )
+
+
+def _holds_unknown(path: object, error: Exception) -> str:
+    return (
+        f"The checkpoint {path} holds an object of a class that is not found here: {error}. Read it where that class "
+        "can be imported by the name it had; what a script defines that is run, not imported, is not found again."
     )
 
 

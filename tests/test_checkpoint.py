@@ -428,6 +428,35 @@ def test_weights_are_not_made_of_integers(folded_file: Path) -> None:
         load_folded(Foreign, folded_file)
 
 
+def test_what_a_module_counts_with_may_have_begun_as_something_else(
+    tmp_path: Path, foreign: LightningModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As the number of components in anomalib's PCA, which begins as an empty tensor.
+    foreign.register_buffer("count", torch.tensor([2]))
+    path = save(tmp_path, foreign, (INPUTS,))
+
+    class Counting(Foreign):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.register_buffer("count", torch.zeros(1))
+
+    assert load_folded(Counting, path).count == 2.0
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"]["count"] = torch.tensor([2.5], dtype=torch.complex64)
+    torch.save(checkpoint, path)
+    with pytest.raises(FoldingError, match=r"has `count` in torch\.complex64, and the module has it in torch\.float32"):
+        load_folded(Counting, path)
+
+
+def test_object_of_a_class_that_is_not_found_is_no_damage(folded_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type("Gone", (), {"__module__": __name__})
+    monkeypatch.setattr(sys.modules[__name__], "Gone", kind, raising=False)
+    torch.save(torch.load(folded_file, weights_only=True) | {"extra": kind()}, folded_file)
+    monkeypatch.delattr(sys.modules[__name__], "Gone")
+    with pytest.raises(ValueError, match=r"holds an object of a class that is not found here: .*Gone.* Read it where"):
+        load_folded(Foreign, folded_file, weights_only=False)
+
+
 def test_a_class_is_asked_to_load_and_not_an_instance(folded_file: Path) -> None:
     with pytest.raises(TypeError, match="instance"):
         Mixed(5).load_from_checkpoint(folded_file)

@@ -47,6 +47,11 @@ from lit_bnfold.folding.tensors import address_of
 from lit_bnfold.layer_sync import ordinary_batchnorms
 from lit_bnfold.writing import whole_file
 
+
+class _NothingToProveOnError(FoldingError):
+    """There is nothing to validate on, and no example of which ``forward`` makes anything either."""
+
+
 _Validate = Callable[[Sequence[Callback]], ValidationRun | None]
 
 
@@ -68,8 +73,8 @@ class BatchNormFolding(Callback):
             model.
         tolerance: Largest error of a layer or an output that counts as agreement, in units of the largest output.
             By default it follows the dtype and the precision: 1e-4 in float32.
-        on_mismatch: What happens if the versions do not agree: ``raise`` a FoldingError, or ``warn`` and keep the
-            unfolded module. Nothing is written in either case.
+        on_mismatch: What happens if the versions do not agree, or there is nothing to compare them on: ``raise`` a
+            FoldingError, or ``warn`` and keep the unfolded module. Nothing is written in either case.
         reestimate_batches: From how many training batches the BatchNorm statistics are computed anew before folding:
             the true mean and variance over all of them, by running ``training_step`` without training. With 0 those
             that training left are folded. The module has its own back afterwards, unless ``replace`` is set.
@@ -140,6 +145,7 @@ class BatchNormFolding(Callback):
         # The checkpoint that training went on from.
         self._resumed: str | Path | None = None
         self._load_as_before: Callable[[], None] | None = None
+        self._has_tried = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and go to the end of the line: what the other callbacks do comes first.
@@ -156,6 +162,7 @@ class BatchNormFolding(Callback):
             return
         check_extras(self.export)
         self.plan = self.report = self.folded_module = self._resumed = None
+        self._has_tried = False
         self._check_dirpath()
         strategy = type(trainer.strategy).__name__
         if strategy in SHARDED_STRATEGIES:
@@ -168,19 +175,26 @@ class BatchNormFolding(Callback):
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say if there is nothing to fold, now that the module has built whatever it builds late."""
+        """Say if there is nothing to fold or to prove it on, now that the module has built whatever it builds late."""
         self._end_taking_folded()
         self._resumed = trainer.ckpt_path
         self._found_best = best_of(trainer)
         if not any(KINDS.batchnorm(module) for module in pl_module.modules()):
             rank_zero_warn(f"BatchNormFolding has nothing to fold: {type(pl_module).__name__} has no BatchNorm.")
+        elif not trainer.enable_validation and pl_module.example_input_array is None:
+            rank_zero_info(
+                "BatchNormFolding will find nothing to validate on, and will try `forward` on what a training batch "
+                "begins with. If that is not what it takes, set `example_input_array`, or give a validation loader."
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fold and prove.
 
         Raises:
-            FoldingError: If the versions do not agree, or an export fails, and ``on_mismatch`` is ``raise``.
+            FoldingError: If the versions do not agree or there is nothing to compare them on, or an export fails, and
+                ``on_mismatch`` is ``raise``.
         """
+        self._has_tried = True
         directory = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         validate = partial(run_validation, trainer, pl_module)
         with (
@@ -191,7 +205,13 @@ class BatchNormFolding(Callback):
             ordinary_batchnorms(pl_module),
         ):
             best = None if weights == "last" else best_score(trainer)
-            self._fold(trainer, pl_module, validate, directory, weights, reestimated, best)
+            try:
+                self._fold(trainer, pl_module, validate, directory, weights, reestimated, best)
+            except _NothingToProveOnError as error:
+                if self.on_mismatch == "raise":
+                    raise
+                rank_zero_warn(f"{error} Nothing was folded.")
+                return
         self._log(trainer)
         self._tell_failed_exports()
 
@@ -207,12 +227,12 @@ class BatchNormFolding(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to fold what an interrupted training has left."""
         self._end_taking_folded()
-        if trainer.state.fn == "fit" and self.plan is None:
+        if trainer.state.fn == "fit" and self.plan is None and not isinstance(exception, _NothingToProveOnError):
             rank_zero_info(f"Nothing was folded. {how_to_fold(trainer, pl_module, self.weights, self._resumed)}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say why nothing was folded, if training ended before it began: then there is no end of training either."""
-        if self.plan is None:
+        if not self._has_tried:
             rank_zero_warn(
                 "BatchNormFolding folded nothing: there was no step left to train, as with `max_epochs=0`, "
                 "`limit_train_batches=0` or a finished training that is resumed. "
@@ -373,10 +393,12 @@ class BatchNormFolding(Callback):
         with GraphWitness(pl_module, lends=lends) as original:
             try:
                 before = validate([original])
-                if not original.batches:
-                    self._stages.clear()
-                    rank_zero_info("There is nothing to validate on: the folded module is proven on one example alone.")
+                calls_nothing = not original.calls and pl_module.example_input_array is not None
+                if not original.batches or calls_nothing:
                     self._run_example(trainer, pl_module, original)
+                    self._stages.clear()
+                    why = "Validation calls nothing" if original.batches[:-1] else "There is nothing to validate on"
+                    rank_zero_info(f"{why}: the folded module is proven on one example alone.")
             except Exception:
                 if not original.has_lent:
                     raise
@@ -386,7 +408,7 @@ class BatchNormFolding(Callback):
         return self._watch_original(trainer, pl_module, validate, lends=False)
 
     def _run_example(self, trainer: Trainer, pl_module: LightningModule, witness: Witness) -> None:
-        """Without a validation loader: one call of ``forward``, and the agreement of its outputs alone."""
+        """Where validation shows nothing: one call of ``forward``, and the agreement of its outputs alone."""
         example, source = pl_module.example_input_array, "its `example_input_array`"
         if example is None:
             source = "a training batch"
@@ -395,7 +417,7 @@ class BatchNormFolding(Callback):
             example = batch[0] if isinstance(batch, (list, tuple)) else batch
         call = ExampleCall.of(example)
         witness.is_of_an_example = True
-        witness.batches.append((call.args, call.kwargs))
+        witness.note((call.args, call.kwargs))
         flags = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
         try:
@@ -403,8 +425,10 @@ class BatchNormFolding(Callback):
                 witness.watch()
                 pl_module(*call.args, **call.kwargs)
         except Exception as error:
-            raise FoldingError(
-                f"There is nothing to validate on, and `forward` does not run on {source}: {error}. Set "
+            set_it = "Set" if pl_module.example_input_array is None else "Set another"
+            self._stages.clear()
+            raise _NothingToProveOnError(
+                f"There is nothing to validate on, and `forward` does not run on {source}: {error}. {set_it} "
                 "`example_input_array`, or give a validation loader."
             ) from error
         finally:

@@ -58,14 +58,14 @@ class Witness(Callback):
         pl_module: The module.
 
     Attributes:
-        batches: The batches that were watched.
+        batches: The tensors of the batches that were watched, as they were before: a step may write into its batch.
         is_of_an_example: Whether that is one example, because there was no batch.
         calls: The outermost module calls that they led to.
     """
 
     def __init__(self, pl_module: LightningModule) -> None:
         self.pl_module = pl_module
-        self.batches: list[Any] = []
+        self.batches: list[list[Tensor]] = []
         self.is_of_an_example = False
         self.calls: list[OutermostCall] = []
         self._recorder: Recorder | None = None
@@ -80,6 +80,14 @@ class Witness(Callback):
     ) -> None:
         self._watching.close()
 
+    def note(self, batch: Any) -> None:
+        """Note what is about to be run.
+
+        Args:
+            batch: A batch, of whatever form.
+        """
+        self.batches.append([tensor.detach().clone() for tensor in tensors_in(batch)])
+
     def watch(self) -> None:
         """Begin to watch whatever the module does next in this thread."""
         self._watching.enter_context(_outermost_calls(self.pl_module, self.calls))
@@ -89,7 +97,7 @@ class Witness(Callback):
     ) -> None:
         """Begin to watch, if this is the first batch of a loader."""
         if batch_idx == 0:
-            self.batches.append(batch)
+            self.note(batch)
             self.watch()
 
     def on_validation_batch_end(

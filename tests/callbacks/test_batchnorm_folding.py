@@ -1190,7 +1190,9 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path, randomised: Ra
     assert files_in(tmp_path) == {"file", path.name}
 
 
-def test_nothing_to_validate_on_and_no_example_that_runs_is_said_in_a_sentence(tmp_path: Path) -> None:
+def test_nothing_to_validate_on_and_no_example_that_runs_is_said_in_a_sentence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class NoForward(Tiny):
         forward = None
 
@@ -1198,9 +1200,65 @@ def test_nothing_to_validate_on_and_no_example_that_runs_is_said_in_a_sentence(t
             return nn.functional.cross_entropy(self.net(batch["inputs"]), batch["targets"])
 
     folding = Watched()
-    with pytest.raises(FoldingError, match=r"does not run on a training batch.*Set `example_input_array`, or give"):
-        fit(tmp_path, NoForward(), folding, dict_loader(), None)
+    with caplog.at_level("INFO"):
+        with pytest.raises(FoldingError, match=r"does not run on a training batch.*Set `example_input_array`, or give"):
+            fit(tmp_path, NoForward(), folding, dict_loader(), None)
+        assert folding.trace == []
+        module = NoForward()
+        module.example_input_array = torch.randn(2, 4)
+        with pytest.raises(FoldingError, match=r"run on its `example_input_array`.*Set another `example_input_array`"):
+            fit(tmp_path, module, Watched(), dict_loader(), None)
+    assert "Nothing was folded" not in caplog.text  # `lit-bnfold fold` could not prove anything either.
+    assert "is proven on" not in caplog.text
+    folding = Watched(on_mismatch="warn")
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match=r"There is nothing to validate.* Nothing was folded"):
+        trainer = fit(tmp_path, NoForward(), folding, dict_loader(), None)
     assert folding.trace == []
+    assert folding.report is None
+    assert trainer.state.finished
+    assert not (tmp_path / "folded.ckpt").exists()
+    early = [each for each in caplog.messages if each.startswith("BatchNormFolding will find nothing to validate on")]
+    assert len(early) == 2  # Of the first training and the last, which have no example either.
+
+
+class CallingNothing(Tiny):
+    """Validates nothing, and has an example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = torch.randn(2, 4)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", 1.0)
+
+
+def test_validation_that_calls_no_module_leaves_the_example_to_prove_it_on(
+    tmp_path: Path, randomised: Randomised, caplog: pytest.LogCaptureFixture
+) -> None:
+    folding = Watched()
+    with caplog.at_level("INFO"):
+        fit(tmp_path, randomised(CallingNothing()), folding)
+    assert "Validation calls nothing: the folded module is proven on one example alone." in caplog.messages
+    assert folding.trace == []
+    assert folding.plan is not None
+    assert [fold.batchnorm for fold in folding.plan.folds] == ["net.1"]
+    assert folding.report is not None
+    assert folding.report["output_error"]["max_rel"] < 1e-5
+
+
+class Noting(DictBatches):
+    """Writes what it predicts into its batch, as anomalib's modules do."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch, batch_idx)
+        batch["prediction"] = self(batch["inputs"])
+
+
+def test_outputs_are_compared_where_a_step_writes_into_its_batch(tmp_path: Path, randomised: Randomised) -> None:
+    folding = Watched()
+    fit(tmp_path, randomised(Noting()), folding, dict_loader(), dict_loader())
+    assert folding.report is not None
+    assert folding.report["output_error"]["max_rel"] < 1e-5
 
 
 class OneShot(IterableDataset[Any]):

@@ -212,7 +212,7 @@ def test_only_the_first_batch_of_a_loader_is_watched(network: Network) -> None:
                 witness.on_validation_batch_start(None, network, inputs, batch, loader)
                 network(inputs)
                 witness.on_validation_batch_end(None, network, None, inputs, batch, loader)
-    assert [len(batch) for batch in witness.batches] == [2, 2]
+    assert [len(tensor) for [tensor] in witness.batches] == [2, 2]
     assert len(witness.calls) == 2
     assert len(witness.plan().folds) == 3
 
