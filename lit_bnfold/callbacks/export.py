@@ -37,6 +37,9 @@ Export = Literal["onnx", "torch_export"]
 FILES = {"onnx": "folded.onnx", "torch_export": "folded.pt2"}
 """What each export is called as a file."""
 
+NO_CALL = "validation does not call the module itself, as `self(x)` does, and it has no `example_input_array`"
+"""Why there is no call of a module that could be repeated."""
+
 _EXTRAS = ("onnx", "onnxruntime", "onnxscript")
 
 # An example of more rows than that shows nothing more.
@@ -217,7 +220,7 @@ def _export(
     if folded is None:
         raise FoldingError("the folded module cannot be copied")
     if not calls:
-        raise FoldingError("validation does not call the module itself, and it has no `example_input_array`")
+        raise FoldingError(NO_CALL)
     _check_names(folded)
     module = folded if folded.device.type == "cpu" else copy_model(folded).cpu()
     # At least two, since torch takes an axis of length 1 for one that never varies.

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_bnfold.callbacks.export import ExampleCall, quietly, reason_of
+from lit_bnfold.callbacks.export import NO_CALL, ExampleCall, quietly, reason_of
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.folding.copying import copy_model, stand_in
 from lit_bnfold.folding.tensors import tensors_in
@@ -100,7 +100,7 @@ def _obstacle_to_running(trainer: Trainer, calls: Sequence[ExampleCall]) -> str 
     if trainer.world_size > 1:
         return "one of several processes does not run the module alone"
     if not calls:
-        return "validation does not call the module itself, and it has no `example_input_array`"
+        return NO_CALL
     return None
 
 
