@@ -62,7 +62,8 @@ class BatchNormFolding(Callback):
     plan. Then it is folded and validates again. Each folded layer is compared with BatchNorm after the unfolded layer
     on the same inputs, and the outputs of both versions are compared. If they agree, ``folded.ckpt``,
     ``folding.html`` and ``folding.json`` are written. Module and Trainer come out as they went in, unless ``replace``
-    is set.
+    is set. Where there is nothing to validate on, or validation calls nothing, one call of ``forward`` has to do: on
+    the module's ``example_input_array`` or on what a training batch begins with.
 
     The report also says what folding saves. For that, copies of both versions are run for a moment: a twentieth of the
     time that a validation takes, a little more after a short one, and never more than 2 seconds. A TensorBoardLogger

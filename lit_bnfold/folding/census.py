@@ -219,10 +219,7 @@ class Census:
     def _batchnorm_obstacle(self, module: nn.Module, kind: BatchNormKind) -> Obstacle | None:
         mean, var = kind.statistics(module)
         if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
-            return (
-                "no-statistics",
-                "it keeps no running statistics: it normalises by those of each batch, or by others",
-            )
+            return "no-statistics", "it keeps no statistics, and normalises by those of each batch or by others"
         own, numbers = set(self.owned[module].values()), kind.numbers(module)
         used = [tensor for tensor in numbers if isinstance(tensor, Tensor)]
         is_short = getattr(module, "affine", False) and (numbers.weight is None or numbers.bias is None)

@@ -272,7 +272,7 @@ def test_plan_is_refused_by_a_batchnorm_that_can_take_no_other_since(randomised:
     plan = plan_folding(model, (X,))
     assert plan.folds[0].layers == ("2",)
     model[2].running_mean = model[2].running_var = None
-    with pytest.raises(FoldingError, match="has to stay in this model: it keeps no running statistics"):
+    with pytest.raises(FoldingError, match="has to stay in this model: it keeps no statistics"):
         plan.apply(model)
 
 
