@@ -148,11 +148,16 @@ class _Found(NamedTuple):
     obstacle: Obstacle | None
 
 
-def _planned(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: Kinds) -> _Found:
+def _planned(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: Kinds, *, lends: bool = True
+) -> _Found:
     """A plan, the names of all BatchNorms, and what the trial of the plan has found."""
-    run = run_as_it_is(model, args, kwargs, kinds)
+    run = run_as_it_is(model, args, kwargs, kinds, lends=lends)
     plan = make_plan(run.graph)
     obstacle = obstacle_to(plan, run, model, args, kwargs, kinds) if plan.folds else None
+    if obstacle is not None and run.has_lent:
+        # Perhaps a layer does something else if it has a bias, and had one in the first run alone.
+        return _planned(model, args, kwargs, kinds, lends=False)
     return _Found(plan, list(run.graph.batchnorms), obstacle)
 
 

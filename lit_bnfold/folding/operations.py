@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,16 @@ _REVEALING = {
 _READING_SHAPES = {
     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like",
     "new_empty", "new_zeros", "new_ones", "new_full",
+}  # fmt: skip
+
+# What a BatchNorm may be made of, by torch or by hand: nothing in here depends on whether a number is above another.
+_ARITHMETIC = {
+    "add", "add_", "addcdiv", "addcmul", "addcmul_", "alias", "as_strided", "clone", "copy_", "detach", "div", "div_",
+    "empty", "empty_like", "expand", "full_like", "lift_fresh", "mean", "mul", "mul_", "nan_to_num", "native_batch_norm", "neg", "new_empty", "new_ones",
+    "new_zeros", "ones", "ones_like", "permute", "pow", "reciprocal", "repeat", "rsqrt", "rsub", "scalar_tensor",
+    "select", "slice", "sqrt", "square", "squeeze", "sub", "sub_", "sum", "t", "transpose", "unsqueeze", "view",
+    "zeros", "zeros_like", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_reshape_alias",
+    "_to_copy", "_unsafe_view", "cudnn_batch_norm", "miopen_batch_norm",
 }  # fmt: skip
 
 # Namespaces of operations whose shapes depend on shapes alone, unless they say so.
@@ -171,6 +181,22 @@ def asked_of_reshape(
     return {key: tuple(number % rank if rank else number for number in numbers)}
 
 
+_MASKING: dict[Any, Literal["picks", "writes"]] = {
+    torch.ops.aten.index.Tensor: "picks",
+    torch.ops.aten.index_put_.default: "writes",
+}
+
+
+def is_arithmetic(operation: Any) -> bool:
+    """Whether what an operation makes of numbers shows, by a few of them, what it makes of all others.
+
+    Args:
+        operation: What a torch dispatch mode was told to run.
+    """
+    name = str(operation)
+    return name.startswith("aten.") and plain_name(name) in _ARITHMETIC
+
+
 @cache
 def is_compound(name: str) -> bool:
     """Whether torch makes an operation out of others, in whatever mode it is.
@@ -193,7 +219,7 @@ class Known(NamedTuple):
         training: Place and name of the argument without which it does not; None if it has none.
         draws: Whether it draws random numbers, or could.
         reveals_numbers: Whether it tells Python something of the numbers in its tensors, be it by a shape.
-        is_index: Whether it does so if it is given a mask.
+        masks: What it does where a mask says, if it is given one as its second argument.
         reads_shapes: Whether it reads nothing but the shapes, dtypes and devices of what it is given.
     """
 
@@ -203,7 +229,7 @@ class Known(NamedTuple):
     training: tuple[int, str] | None
     draws: bool
     reveals_numbers: bool
-    is_index: bool
+    masks: Literal["picks", "writes"] | None
     reads_shapes: bool
 
 
@@ -222,7 +248,6 @@ def known_of(operation: Any) -> Known:
     schema = getattr(operation, "_schema", None)
     places = [] if schema is None else list(enumerate(schema.arguments))
     is_torchs = name.startswith("aten.")
-    is_index = operation is torch.ops.aten.index.Tensor
     reveals_numbers = (
         torch.Tag.data_dependent_output in tags
         or torch.Tag.dynamic_output_shape in tags
@@ -237,8 +262,8 @@ def known_of(operation: Any) -> Known:
         training=next(((place, each.name) for place, each in places if is_torchs and each.name == "training"), None),
         # Torch's own operations say so if they draw random numbers; others could do or read anything.
         draws=not is_torchs or torch.Tag.nondeterministic_seeded in tags,
-        reveals_numbers=reveals_numbers and not is_index,
-        is_index=is_index,
+        reveals_numbers=reveals_numbers and operation not in _MASKING,
+        masks=_MASKING.get(operation),
         reads_shapes=is_torchs and plain_name(name) in _READING_SHAPES,
     )
 

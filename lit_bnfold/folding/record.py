@@ -13,7 +13,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -43,6 +43,7 @@ from lit_bnfold.folding.operations import (
     argument,
     asked_of_reshape,
     has_mask,
+    is_arithmetic,
     is_compound,
     is_foreign,
     known_of,
@@ -136,7 +137,7 @@ class Recorder:
         self._before_write: dict[Tensor, Tensor] = {}
         self._varying: set[int] = set()  # storages that hold something else than constants
         self._lent: dict[nn.Module, Tensor] = {}
-        self._picked: dict[int, int] = {}  # values of a length that a mask decides, which nobody saw, and who made them
+        self._picked: dict[int, _Picked] = {}  # by value, what masks have picked and nobody has counted yet
         self._modules = {name: module for module, name in self._census.names.items()}
         self._hashes = {id(module): hash(module) for module in self._census.names}
         # By identity, for the hash of a metric of torchmetrics changes with its state.
@@ -168,6 +169,9 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._exit.close()
+        for value in [value for value, picked in self._picked.items() if not picked.is_written_back]:
+            self._note_look(value)
+        self._picked.clear()
         if self._plans:
             self._ledger.settle()
 
@@ -242,7 +246,7 @@ class Recorder:
             return
         self.graph.frames.append(Frame(self._census.names[module], self.running[-1].frame))
         self.running.append(_Running(len(self.graph.frames) - 1, module, self.looking_away.is_on))
-        if self._plans and self.graph.forked:
+        if self._plans and (self.graph.forked or self._picked):
             self._note_what_is_told(module, args, kwargs)
         if module in self._census.hooked:
             self._show_to_hooks(module, args, kwargs)
@@ -269,7 +273,10 @@ class Recorder:
             self._note_told(None if caller is None else self._census.names[caller])
 
     def _note_told(self, module: str | None) -> None:
-        self.graph.forked.setdefault(module, next(iter(self.graph.forked.values())))
+        for picked in self._picked.values():
+            picked.told.append(module)
+        for cause in list(self.graph.forked.values())[:1]:
+            self.graph.forked.setdefault(module, cause)
 
     def _is_changed(self, module: nn.Module) -> bool:
         return _attributes_of(module) != self._attributes[id(module)]
@@ -283,7 +290,7 @@ class Recorder:
             return None
         if module is self._seen_whole:
             self.looking_away.is_on, self._seen_whole = False, None
-            output = self._add_whole_batchnorm(module, self._whole[module], args, output)
+            output = self._add_whole_batchnorm(module, self._whole[module], args, kwargs, output)
         if module in self._computers and isinstance(output, Tensor):
             with self.looking_away:
                 self._computed[self._computers[module]] = self._ledger.value(output).index
@@ -321,6 +328,8 @@ class Recorder:
         running.heard_function, module = True, running.module
         if self.looking_away.is_on:
             return function(*args, **kwargs)
+        if self._picked:
+            self._note_looks(function, args, kwargs)
         if module is not None:
             if function is F.batch_norm and module in self._batchnorms:
                 return self._run_batchnorm(module, args, kwargs)
@@ -413,13 +422,15 @@ class Recorder:
             return _add_obstacle(facts, "own-forward", "it normalises with another eps from call to call")
         return facts if eps == self._eps_before[module] else replace(facts, eps=eps)
 
-    def _add_whole_batchnorm(self, module: nn.Module, kind: BatchNormKind, args: tuple[Any, ...], output: Any) -> Any:
+    def _add_whole_batchnorm(
+        self, module: nn.Module, kind: BatchNormKind, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         """Enter what a BatchNorm did by itself as one call, if it is what torch's own does; its output."""
         name = self._census.names[module]
         facts = self.graph.batchnorms[name]
         if facts.obstacle is None:
             with self.looking_away:
-                eps = _eps_of(kind, module, args)
+                eps = None if kwargs else _eps_of(kind, module, args)
             if eps is None or not isinstance(output, Tensor):
                 facts = _add_obstacle(facts, "own-forward", "it does something else than a BatchNorm")
             else:
@@ -429,7 +440,8 @@ class Recorder:
             with self.looking_away:
                 usual = _normalised(kind, args[0], kind.numbers(module, self.graph.batchnorms[name].eps))
                 output = torch.empty_like(output).copy_(usual)
-        self._add_call("batchnorm", "batch_norm", (*args, *own_tensors(module).values()), output=output, owner=name)
+        given = (*args, *own_tensors(module).values())
+        self._add_call("batchnorm", "batch_norm", given, kwargs, output=output, owner=name)
         return output
 
     def _run_layer(self, module: nn.Module, kind: LayerKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -441,7 +453,9 @@ class Recorder:
         given = dict(zip(kind.arguments, args, strict=False)) | kwargs
         is_without = kind.has_bias and given.get("bias") is None
         if is_without and not kind.runs_torchs_forward(module):
-            sentence = f"the forward of `{name}` has no use for the bias that a fold would give it"
+            is_asked = module in self._lent or module._parameters.get("bias") is not None
+            what = "has no use for the bias" if is_asked else "was not seen to use a bias such as the one"
+            sentence = f"the forward of `{name}` {what} that a fold would give it"
             facts = _add_obstacle(facts, "own-forward", sentence)
         elif not self._are_own(module, given, kind.arguments[1:]):
             facts = _add_obstacle(facts, "computed-weight", f"`{name}` was called with other tensors than its own")
@@ -500,9 +514,6 @@ class Recorder:
         return output
 
     def _note_python(self, function: Callable[..., Any], tensor: Tensor) -> None:
-        if self._picked:
-            with self.looking_away:
-                self._note_look(self._ledger.value(tensor))
         if lets_numbers_out(function):
             self._save_before_write(tensor)  # Whoever has the memory could write it unseen.
             self._note_reading(function, tensor)
@@ -529,16 +540,22 @@ class Recorder:
             values = [self._ledger.value(tensor) for tensor in tensors_in(args)]
             return not all(self._is_constant(value) for value in values)
 
-    def _enter_fork(self, call: Call, what: str) -> None:
+    def _enter_fork(self, call: Call, what: str, told: Sequence[str | None] = ()) -> None:
         frames = (call.frame, self.running[-1].frame)
-        for around in (module for frame in frames for module in self.graph.modules_around(frame)):
-            self.graph.forked.setdefault(around, f"{self.graph.where(call)} {what}")
+        around = [module for frame in frames for module in self.graph.modules_around(frame)]
+        for module in (*around, *told):
+            self.graph.forked.setdefault(module, f"{self.graph.where(call)} {what}")
 
-    def _note_look(self, value: Value) -> None:
-        """Somebody has read a value, and may have looked at its shape."""
-        picked = self._picked.pop(value.index, None)
+    def _note_look(self, value: int) -> None:
+        """Somebody may count what a mask has picked, and has a Python value then."""
+        picked = self._picked.pop(value, None)
         if picked is not None:
-            self._enter_fork(self.graph.calls[picked], "picks by a mask")
+            self._enter_fork(picked.call, "picks by a mask", picked.told)
+
+    def _note_looks(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self.looking_away:
+            for tensor in tensors_in((args, kwargs)) if function is not Tensor.__setitem__ else args[:1]:
+                self._note_look(self._ledger.value(tensor).index)
 
     def _note_failure(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Whoever catches an error has learned something of the numbers that led to it."""
@@ -556,15 +573,31 @@ class Recorder:
         except BaseException:
             self._note_failure(known.name, args, kwargs)
             raise
-        read = args[1:] if known.reads_shapes else args
+        read = args[1:] if known.reads_shapes and not self._is_of_batchnorm(args) else args
         self._add_call("operation", known.name, read, kwargs, output, written, draws=known.draws)
         if known.reveals_numbers:
             self._note_fork((args, kwargs))
-        if known.is_index and has_mask(args[1]) and self._varies(args[1]):
-            # How many it has picked is a Python value as soon as somebody looks at the shape of them.
-            with self.looking_away:
-                self._picked[self._ledger.value(output).index] = self.graph.calls[-1].index
+        if known.masks is not None and has_mask(args[1]) and self._varies(args[1]):
+            self._note_mask(known.masks, args, output)
         return output
+
+    def _is_of_batchnorm(self, args: tuple[Any, ...]) -> bool:
+        """Whether the first of some arguments is what a BatchNorm gave, which may be laid out anew in a fold."""
+        with self.looking_away:
+            maker = self.graph.maker(self._ledger.value(args[0])) if args and isinstance(args[0], Tensor) else None
+        return maker is None or maker.kind == "batchnorm"
+
+    def _note_mask(self, does: Literal["picks", "writes"], args: tuple[Any, ...], output: Any) -> None:
+        """How many a mask says is a Python value as soon as somebody counts them, or has to have as many.
+
+        That is nobody where what it picks is written back where it says, and where one number is written everywhere.
+        """
+        call = self.graph.calls[-1]
+        if does == "picks":
+            with self.looking_away:
+                self._picked[self._ledger.value(output).index] = _Picked(call)
+        elif args[2].numel() != 1 and call.args[2].value not in self._picked:
+            self._note_fork(args[1], "writes by a mask")
 
     def _add_call(
         self,
@@ -596,8 +629,8 @@ class Recorder:
             self.graph.calls.append(call)
             for value in read.values():
                 value.users.append(call.index)
-                if self._picked and not _is_written_back(call, value):
-                    self._note_look(value)
+                if self._picked and not self._is_written_back(call, value):
+                    self._note_look(value.index)
             made = [tensor for tensor in _tensors_given((output,)) if id(tensor) not in read]
             constant = not draws and kind == "operation" and all(map(self._is_constant, read.values()))
             outputs = [self._ledger.add(tensor, call.index, constant) for tensor in (*written, *made)]
@@ -606,6 +639,17 @@ class Recorder:
                 self.graph.writers.setdefault(value.storage, []).append(call)
                 if not constant:
                     self._varying.add(value.storage)
+
+    def _is_written_back(self, call: Call, value: Value) -> bool:
+        """Whether a call does nothing with a value but write it to where the mask says that has picked it."""
+        picked = self._picked.get(value.index)
+        if picked is None or call.name != "aten.index_put_.default":
+            return False
+        target, indices, written = call.args[:3]
+        ref = Ref(value.index)
+        is_back = written == ref and indices == picked.call.args[1] and ref not in (target, *indices)
+        picked.is_written_back |= is_back
+        return is_back
 
     def _is_constant(self, value: Value) -> bool:
         # A tensor that began as a constant may have been written since then through a view of it.
@@ -648,6 +692,15 @@ class _Running:
     heard_operation: bool = False
 
 
+@dataclass
+class _Picked:
+    """What a mask has picked: the call that did it, who may have been told how many, and whether it went back."""
+
+    call: Call
+    told: list[str | None] = field(default_factory=list)
+    is_written_back: bool = False
+
+
 class _LookingAway:
     """In here happens a recorder's own doing, or the inside of a call that is recorded as a whole."""
 
@@ -663,6 +716,28 @@ class _LookingAway:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.is_on = self._before.pop()
+
+
+class _Arithmetic(TorchDispatchMode):
+    """Finds out whether all that is done in here is arithmetic, of which a few numbers show what it is for all others.
+
+    Of what compares numbers, picks by a mask or limits them, they do not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_arithmetic = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # As of the witness below.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, torch._ops.OpOverload) and is_compound(func.name()):
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        self.is_arithmetic &= is_arithmetic(func)
+        return func(*args, **(kwargs or {}))
 
 
 class _FunctionWitness(TorchFunctionMode):
@@ -698,14 +773,6 @@ class _OperationWitness(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         return self._recorder.on_operation(func, args, kwargs)
-
-
-def _is_written_back(call: Call, value: Value) -> bool:
-    """Whether a call writes a value to where a mask says, and does nothing else with it: ``x[mask] = value``."""
-    if call.name != "aten.index_put_.default" or len(call.args) < 3:
-        return False
-    target, indices, written = call.args[:3]
-    return written == Ref(value.index) and Ref(value.index) not in (target, *indices)
 
 
 def _tensors_given(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
@@ -746,12 +813,22 @@ def _eps_of(kind: BatchNormKind, module: nn.Module, args: tuple[Any, ...]) -> fl
     inputs = (input, _LARGE * input)
     with torch.no_grad():
         kind.numbers(exact).var.fill_(1e-6)
-        outputs = [exact(each) for each in inputs]
+        outputs = _arithmetic_of(exact, inputs)
     for eps in (kind.numbers(exact).eps,) if hasattr(module, kind.eps) else _USUAL_EPS:
         numbers = kind.numbers(exact, eps)
-        if all(map(_is_same, outputs, (_normalised(kind, each, numbers) for each in inputs))):
+        if outputs and all(map(_is_same, outputs, (_normalised(kind, each, numbers) for each in inputs))):
             return eps
     return None
+
+
+def _arithmetic_of(module: nn.Module, inputs: Sequence[Tensor]) -> list[Any]:
+    """What a module makes of some inputs, if it takes them and does arithmetic alone; else nothing."""
+    try:
+        with _Arithmetic() as seen:
+            outputs = [module(input) for input in inputs]
+    except Exception:
+        return []  # It takes some numbers or dtypes alone.
+    return outputs if seen.is_arithmetic else []
 
 
 def _is_same(output: Any, expected: Tensor) -> bool:

@@ -37,11 +37,12 @@ _MOST_NUMBERS = 2**27
 
 
 class Run(NamedTuple):
-    """What one run of a model did, what it gave, and what its layers took and gave."""
+    """What one run of a model did, what it gave, what its layers took and gave, and whether one was lent a bias."""
 
     graph: ValueGraph
     output: Any
     tape: Tape
+    has_lent: bool
 
 
 class Take(NamedTuple):
@@ -106,7 +107,9 @@ class Tape:
         return tensor.clone()
 
 
-def run_as_it_is(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: Kinds) -> Run:
+def run_as_it_is(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: Kinds, *, lends: bool = True
+) -> Run:
     """Run a copy of a model in eval mode.
 
     Args:
@@ -114,6 +117,7 @@ def run_as_it_is(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         args: Positional arguments of the call; the run gets copies.
         kwargs: Keyword arguments of the call, likewise.
         kinds: What counts as a layer and as a BatchNorm.
+        lends: Whether a layer without a bias may be lent one, to see whether it would use that of a fold.
 
     Returns:
         What it did.
@@ -123,7 +127,7 @@ def run_as_it_is(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     """
     is_loaded = _is_compiler_loaded()
     try:
-        run = _recorded(model, args, kwargs, kinds)
+        run = _recorded(model, args, kwargs, kinds, lends=lends)
     except FoldingError:
         if is_loaded or not _is_compiler_loaded():
             raise
@@ -133,12 +137,10 @@ def run_as_it_is(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     # The model has loaded the compiler itself, as `torch.cond` does, and that then began to compile what was watched.
     # There is nothing else yet that it could forget.
     torch.compiler.reset()
-    return _recorded(model, args, kwargs, kinds)
+    return _recorded(model, args, kwargs, kinds, lends=lends)
 
 
-def _recorded(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: Kinds, *, lends: bool = True
-) -> Run:
+def _recorded(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: Kinds, *, lends: bool) -> Run:
     twin = twin_of(model)
     batchnorms = {name for name, module in twin.named_modules() if kinds.batchnorm(module) is not None}
     tape = Tape(batchnorms)
@@ -146,7 +148,7 @@ def _recorded(
     # As much as the layer with the most numbers needs in float64, which is what folding in place may need as well.
     tape.room = 8 * max((parameter.numel() for parameter in model.parameters()), default=0)
     try:
-        return Run(recorder.graph, _run(twin, recorder, args, kwargs), tape)
+        return Run(recorder.graph, _run(twin, recorder, args, kwargs), tape, recorder.has_lent)
     except FoldingError:
         if not recorder.has_lent:
             raise

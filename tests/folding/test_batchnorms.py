@@ -139,6 +139,54 @@ def test_whatever_has_the_tensors_of_a_batchnorm_and_does_what_one_does_is_folde
     judge(nn.Sequential(nn.Linear(3, 4), Homemade(scales_twice=True)), X, kept={"1": "own-forward"})
 
 
+def only_some_rows(norm: Any, x: Tensor, y: Tensor) -> Tensor:
+    valid = x.abs().sum(-1) > 0
+    return torch.zeros_like(x).index_put((valid,), y[valid])
+
+
+def only_float32(norm: Any, x: Tensor, y: Tensor) -> Tensor:
+    if x.dtype is torch.float64 and x.abs().max() > 1e4:
+        raise TypeError("float32 alone")
+    return y
+
+
+def limited_variance(norm: Any, x: Tensor, y: Tensor) -> Tensor:
+    numbers = (norm.running_mean, norm.running_var.clamp(max=1.0), norm.weight, norm.bias)
+    return F.batch_norm(x, *numbers, training=False)
+
+
+def told_outside(norm: Any, x: Tensor, y: Tensor) -> Tensor:
+    norm.is_large = bool(x.abs().max() > 50)
+    return y
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [only_some_rows, only_float32, limited_variance, told_outside, lambda norm, x, y: torch.where(x != 0, y, x)],
+)
+def test_homemade_batchnorm_that_is_more_than_arithmetic_is_kept_and_nothing_else(rest: Any, judge: Judge) -> None:
+    class More(Homemade):
+        def forward(self, x: Tensor) -> Tensor:
+            return rest(self, x, super().forward(x))  # type: ignore[no-any-return]
+
+    zero_row = torch.cat([X[:2], torch.zeros(1, 3).double()])
+    for bias in (True, False):
+        others = (nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4))
+        model = nn.Sequential(nn.Linear(3, 4, bias=bias), More(scales_twice=False), *others)
+        judge(model, X, kept={"1": "own-forward"}, folds={"4": ["3"]}, others=[(zero_row,), (1e3 * X,)])
+
+
+def test_homemade_batchnorm_that_is_told_more_than_its_input_is_kept_and_nothing_else(judge: Judge, net: Any) -> None:
+    class Told(Homemade):
+        def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+            y = super().forward(x)
+            return y if residual is None else y + residual
+
+    parts = {"a": nn.Linear(3, 4), "norm": Told(scales_twice=False), "b": nn.Linear(4, 4), "bn": nn.BatchNorm1d(4)}
+    model = net(lambda m, x: m.bn(m.b(m.norm(m.a(x), residual=m.a(x)))), **parts)
+    judge(model, X, kept={"norm": "own-forward"}, folds={"bn": ["b"]})
+
+
 def test_instance_norm_that_normalises_by_statistics_it_tracked_is_folded(judge: Judge) -> None:
     images = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     for tracks in (True, False):

@@ -178,8 +178,67 @@ def test_write_by_a_mask_decides_nothing_as_long_as_nobody_counts(
     judge(net(forward), X, folds={} if decides else {"bn": ["fc"]}, kept={"bn": "python-value"} if decides else {})
 
 
-def test_what_a_mask_has_picked_may_be_returned(judge: Judge, net: Any) -> None:
-    judge(net(lambda m, x: m.bn(m.fc(x)).tanh()[x[:, 0] > 0]), X, folds={"bn": ["fc"]})
+def counted_by_another_shape(m: Any, picked: Tensor) -> int:
+    return len(torch.ones(1, 3).to(picked).expand_as(picked))
+
+
+def counted_by_keyword(m: Any, picked: Tensor) -> int:
+    return len(torch.empty_like(input=picked))
+
+
+def counted_as_a_parameter(m: Any, picked: Tensor) -> int:
+    return len(nn.Parameter(picked))
+
+
+def counted_past_the_witness(m: Any, picked: Tensor) -> int:
+    with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]
+        return len(picked)
+
+
+def counted_by_a_module(m: Any, picked: Tensor) -> int:
+    return m.count(picked)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        counted_by_another_shape,
+        counted_by_keyword,
+        counted_as_a_parameter,
+        counted_past_the_witness,
+        counted_by_a_module,
+    ],
+)
+def test_whoever_counts_what_a_mask_has_picked_may_decide_by_that(count: Any, judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        picked = x[x[:, 0] > 0]
+        return m.bn(m.fc(x)) if count(m, picked) > 1 else m.fc(x)  # type: ignore[no-any-return]
+
+    model = net(forward, fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(4), count=net(lambda m, x: len(x), a=nn.ReLU()))
+    judge(model, X, kept={"bn": "python-value"}, others=[(-X.abs(),)])
+
+
+def test_module_that_is_told_how_many_were_picked_may_decide_by_that(judge: Judge, net: Any) -> None:
+    inner = net(lambda m, x, several: m.bn(m.fc(x)) if several else m.fc(x))
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.inner(x, counted_past_the_witness(m, x[x[:, 0] > 0]) > 1)  # type: ignore[no-any-return]
+
+    judge(net(forward, inner=inner), X, kept={"inner.bn": "python-value"}, others=[(-X.abs(),)])
+
+
+@pytest.mark.parametrize("value", [lambda x: x.new_ones(3, 3), lambda x: x[x[:, 0].argsort() < 3]])
+def test_write_of_so_many_that_may_fail_next_time_keeps_the_batchnorm(value: Any, judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = x.clone()
+        try:
+            y[x[:, 0] > 0] = value(x)
+        except (RuntimeError, IndexError):
+            return m.fc(x)  # type: ignore[no-any-return]
+        return m.bn(m.fc(x))  # type: ignore[no-any-return]
+
+    x = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0]).double()[:, None] * X.abs()
+    judge(net(forward), x, kept={"bn": "python-value"}, others=[(X.abs(),)])
 
 
 def test_split_at_places_in_a_tensor_keeps_the_batchnorm(judge: Judge, net: Any) -> None:

@@ -274,6 +274,14 @@ def test_model_that_holds_a_module_of_python_is_folded(judge: Judge, net: Any) -
     model.config = math
     judge(model, X, folds={"bn": ["fc"]})
 
+    class CopiedInAWayOfItsOwn(nn.Linear):
+        def __getstate__(self) -> dict[str, Any]:
+            return vars(self).copy()
+
+    layer = CopiedInAWayOfItsOwn(3, 4)
+    layer.config = math
+    judge(nn.Sequential(layer, nn.BatchNorm1d(4)), X, folds={"1": ["0"]})
+
 
 def test_model_that_holds_tensors_of_its_last_run_is_folded(judge: Judge, net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:

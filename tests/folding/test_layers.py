@@ -152,8 +152,9 @@ def test_layer_that_does_something_else_without_a_bias_keeps_the_batchnorm(judge
             plain = nn.functional.linear(input, self.weight, self.bias)
             return plain if self.bias is not None else plain * 2
 
-    model = nn.Sequential(Asking(3, 4, bias=False), nn.BatchNorm1d(4))
-    judge(model, torch.randn(5, 3).double(), kept={"1": "structure-read"})
+    others = (nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = nn.Sequential(Asking(3, 4, bias=False), nn.BatchNorm1d(4), *others)
+    judge(model, torch.randn(5, 3).double(), kept={"1": "no-layer"}, folds={"4": ["3"]})
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")

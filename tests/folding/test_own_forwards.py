@@ -105,6 +105,17 @@ def test_layer_of_another_library_gets_a_bias_if_it_would_use_one(judge: Judge) 
     judge(nn.Sequential(Dense(3, 4, uses_bias=False), nn.BatchNorm1d(4)), X, kept={"1": "own-forward"})
 
 
+def test_layer_of_another_library_that_does_something_else_with_a_bias_keeps_no_other_batchnorm(judge: Judge) -> None:
+    class AddingIt(Dense):
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.linear(x, self.weight)
+            return y if self.bias is None else y + self.bias
+
+    layers = (nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    judge(nn.Sequential(AddingIt(3, 4, uses_bias=True), *layers), X, folds={"3": ["2"]})
+    plan = judge(nn.Sequential(AddingIt(3, 4, uses_bias=True), nn.BatchNorm1d(4)), X, kept={"1": "not-transparent"})
+
+
 def test_whatever_else_has_a_weight_and_no_bias_is_given_none(judge: Judge) -> None:
     class Mixture(nn.Module):
         """One matrix per expert, (experts, in, out); a bias would be added to each of their outputs."""

@@ -321,6 +321,17 @@ def test_reader_of_the_shape_alone_does_not_keep_the_batchnorm(read: Any, judge:
     judge(net(lambda m, x: m.bn(y := m.fc(x)).relu() + 0 * read(y).nan_to_num()), X, folds={"bn": ["fc"]})
 
 
+def test_reader_of_the_layout_of_what_was_folded_beside_a_layer_keeps_it(judge: Judge) -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        y = m.id(x)
+        is_plain = torch.zeros_like(y).is_contiguous()
+        return (y + m.conv(x)) * (2 if is_plain else 3)
+
+    model = Beside(function)
+    del model.bn, model.other
+    judge(model, IMAGES, kept={"id": "other-reader"}, others=[(IMAGES.to(memory_format=torch.channels_last),)])
+
+
 def called_twice(m: Any, x: Tensor) -> Tensor:
     return (m.conv(x) + m.id(x)).tanh() * m.id(x)
 
