@@ -206,13 +206,7 @@ class BatchNormFolding(Callback):
             ordinary_batchnorms(pl_module),
         ):
             best = None if weights == "last" else best_score(trainer)
-            try:
-                self._fold(trainer, pl_module, validate, directory, weights, reestimated, best)
-            except _NothingToProveOnError as error:
-                if self.on_mismatch == "raise":
-                    raise
-                rank_zero_warn(f"{error} Nothing was folded.")
-                return
+            self._fold(trainer, pl_module, validate, directory, weights, reestimated, best)
         self._log(trainer)
         self._tell_failed_exports()
 
@@ -260,8 +254,8 @@ class BatchNormFolding(Callback):
                 more, and reading it can then run any code.
 
         Raises:
-            FoldingError: If the checkpoint is folded already; if the versions do not agree, or an export fails, and
-                ``on_mismatch`` is ``raise``.
+            FoldingError: If the checkpoint is folded already; if the versions do not agree or there is nothing to
+                compare them on, or an export fails, and ``on_mismatch`` is ``raise``.
             ModuleNotFoundError: If an export needs what is not installed.
             NotADirectoryError: If ``dirpath`` is a file.
             ValueError: If the checkpoint is damaged, or holds more than ``weights_only`` allows.
@@ -352,7 +346,13 @@ class BatchNormFolding(Callback):
         best: tuple[str, float] | None = None,
     ) -> None:
         """The order of events: validate and watch, plan, fold, validate again, compare, write."""
-        original, before = self._watch_original(trainer, pl_module, validate)
+        try:
+            original, before = self._watch_original(trainer, pl_module, validate)
+        except _NothingToProveOnError as error:
+            if self.on_mismatch == "raise":
+                raise
+            rank_zero_warn(f"{error} Nothing was folded.")
+            return
         self._stages.begin("trying out what can be folded")
         plan = _in_all_processes(trainer, original.plan(), pl_module)
         folded = LayerWitness(pl_module, plan, self.tolerance)
@@ -361,7 +361,7 @@ class BatchNormFolding(Callback):
         unfolded, start = runnable_copy(pl_module, trainer), time.perf_counter()
         with folded_in_place(plan, pl_module):
             with folded, first_call(pl_module) as calls:
-                after = validate([folded])
+                after = validate([] if original.is_of_an_example else [folded])
                 seconds = time.perf_counter() - start
                 if original.is_of_an_example:
                     self._run_example(trainer, pl_module, folded)
@@ -391,22 +391,32 @@ class BatchNormFolding(Callback):
         self, trainer: Trainer, pl_module: LightningModule, validate: _Validate, *, lends: bool = True
     ) -> tuple[GraphWitness, ValidationRun | None]:
         self._stages.begin("validating the original")
-        with GraphWitness(pl_module, lends=lends) as original:
+        with GraphWitness(pl_module, lends=lends) as original, GraphWitness(pl_module, lends=lends) as of_example:
             try:
                 before = validate([original])
-                calls_nothing = not original.calls and pl_module.example_input_array is not None
-                if not original.batches or calls_nothing:
-                    self._run_example(trainer, pl_module, original)
-                    self._stages.clear()
-                    why = "Validation calls nothing" if original.batches[:-1] else "There is nothing to validate on"
-                    rank_zero_info(f"{why}: the folded module is proven on one example alone.")
+                if original.calls or (original.batches and pl_module.example_input_array is None):
+                    return original, before
+                return self._watch_example(trainer, pl_module, original, of_example), before
             except Exception:
-                if not original.has_lent:
+                if not (original.has_lent or of_example.has_lent):
                     raise
-            else:
-                return original, before
         # Perhaps a layer has refused the bias that it was lent.
         return self._watch_original(trainer, pl_module, validate, lends=False)
+
+    def _watch_example(
+        self, trainer: Trainer, pl_module: LightningModule, original: GraphWitness, of_example: GraphWitness
+    ) -> GraphWitness:
+        """Watch an example where validation has called nothing; the witness of what there is to see."""
+        try:
+            self._run_example(trainer, pl_module, of_example)
+        except _NothingToProveOnError:
+            if not original.batches:
+                raise
+            return original
+        self._stages.clear()
+        why = "Validation calls nothing" if original.batches else "There is nothing to validate on"
+        rank_zero_info(f"{why}: the folded module is proven on one example alone.")
+        return of_example
 
     def _run_example(self, trainer: Trainer, pl_module: LightningModule, witness: Witness) -> None:
         """Where validation shows nothing: one call of ``forward``, and the agreement of its outputs alone."""
@@ -414,7 +424,10 @@ class BatchNormFolding(Callback):
         if example is None:
             source = "a training batch"
             # Both versions get the same batch, and training's random numbers stay as they were.
-            batch = first_training_batch(trainer, pl_module)
+            try:
+                batch = first_training_batch(trainer, pl_module)
+            except FoldingError as error:
+                raise _NothingToProveOnError(f"There is nothing to validate on: {error}") from error
             example = batch[0] if isinstance(batch, (list, tuple)) else batch
         call = ExampleCall.of(example)
         witness.is_of_an_example = True
@@ -513,7 +526,8 @@ class BatchNormFolding(Callback):
             rank_zero_info(f"Wrote {names}, folding.html and folding.json to {directory.absolute()}")
 
     def _log(self, trainer: Trainer) -> None:
-        assert self.report is not None
+        if self.report is None:
+            return
         numbers = scalars(self.report)
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step)

@@ -71,11 +71,12 @@ _READING_SHAPES = {
 # What a BatchNorm may be made of, by torch or by hand: nothing in here depends on whether a number is above another.
 _ARITHMETIC = {
     "add", "add_", "addcdiv", "addcmul", "addcmul_", "alias", "as_strided", "clone", "copy_", "detach", "div", "div_",
-    "empty", "empty_like", "expand", "full_like", "lift_fresh", "mean", "mul", "mul_", "nan_to_num", "native_batch_norm", "neg", "new_empty", "new_ones",
-    "new_zeros", "ones", "ones_like", "permute", "pow", "reciprocal", "repeat", "rsqrt", "rsub", "scalar_tensor",
-    "select", "slice", "sqrt", "square", "squeeze", "sub", "sub_", "sum", "t", "transpose", "unsqueeze", "view",
-    "zeros", "zeros_like", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_reshape_alias",
-    "_to_copy", "_unsafe_view", "cudnn_batch_norm", "miopen_batch_norm",
+    "empty", "empty_like", "expand", "full_like", "lift_fresh", "mean", "mul", "mul_", "nan_to_num", "neg", "new_empty",
+    "new_ones", "new_zeros", "ones", "ones_like", "permute", "pow", "reciprocal", "repeat", "rsqrt", "rsub",
+    "scalar_tensor", "select", "slice", "sqrt", "square", "squeeze", "sub", "sub_", "sum", "t", "transpose",
+    "unsqueeze", "view", "zeros", "zeros_like", "_reshape_alias", "_to_copy", "_unsafe_view",
+    "cudnn_batch_norm", "miopen_batch_norm", "native_batch_norm", "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
 }  # fmt: skip
 
 # Namespaces of operations whose shapes depend on shapes alone, unless they say so.

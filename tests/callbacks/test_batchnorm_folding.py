@@ -1246,6 +1246,33 @@ def test_validation_that_calls_no_module_leaves_the_example_to_prove_it_on(
     assert folding.report["output_error"]["max_rel"] < 1e-5
 
 
+def test_validation_that_calls_no_module_and_an_example_that_does_not_run_fold_nothing(
+    tmp_path: Path, randomised: Randomised
+) -> None:
+    module, folding = randomised(CallingNothing()), Watched()
+    module.example_input_array = torch.randn(2, 7)
+    fit(tmp_path, module, folding)
+    assert folding.trace == []
+    assert folding.plan is not None
+    assert [(kept.batchnorm, kept.code) for kept in folding.plan.kept] == [("net.1", "not-reached")]
+
+
+def test_checkpoint_of_a_module_whose_validation_calls_nothing_is_proven_on_its_example(
+    tmp_path: Path, randomised: Randomised
+) -> None:
+    class WithData(CallingNothing):
+        def val_dataloader(self) -> Any:
+            return loader()
+
+    fit(tmp_path, randomised(CallingNothing()), BatchNormFolding()).save_checkpoint(tmp_path / "plain.ckpt")
+    folding = BatchNormFolding()
+    folding.fold_checkpoint(quiet_trainer(tmp_path, callbacks=[folding]), WithData(), tmp_path / "plain.ckpt")
+    assert folding.plan is not None
+    assert [fold.batchnorm for fold in folding.plan.folds] == ["net.1"]
+    assert folding.report is not None
+    assert folding.report["output_error"]["max_rel"] < 1e-5
+
+
 class Noting(DictBatches):
     """Writes what it predicts into its batch, as anomalib's modules do."""
 
