@@ -218,6 +218,16 @@ def test_whoever_counts_what_a_mask_has_picked_may_decide_by_that(count: Any, ju
     judge(model, X, kept={"bn": "python-value"}, others=[(-X.abs(),)])
 
 
+def test_what_is_written_back_and_counted_besides_may_decide(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y, mask = x.clone(), x[:, 0] > 0
+        picked = x.flip(0)[mask]
+        y[mask] = picked
+        return m.bn(m.fc(y)) if picked.shape[0] > 1 else m.fc(y)  # type: ignore[no-any-return]
+
+    judge(net(forward), X, kept={"bn": "python-value"}, others=[(-X.abs(),)])
+
+
 def test_module_that_is_told_how_many_were_picked_may_decide_by_that(judge: Judge, net: Any) -> None:
     inner = net(lambda m, x, several: m.bn(m.fc(x)) if several else m.fc(x))
 

@@ -67,6 +67,10 @@ def read_behind_a_view(m: Any, x: Tensor) -> Tensor:
         (lambda m, x: m.bn(x), "it normalises an input, which no layer made"),
         (lambda m, x: m.bn(m.parameter) + x, "it normalises `parameter`, which no layer made"),
         (lambda m, x: m.bn(x.relu()), "it normalises what `relu` in the model made, which is no layer"),
+        (
+            lambda m, x: m.bn(nn.functional.conv2d(x, m.conv.weight)),
+            "it normalises what `convolution` in the model made, outside of any layer",
+        ),
         (beside, "it normalises what the BatchNorm `id` gave, which is folded beside a layer"),
         (twice, "it normalises what the BatchNorm `bn` gave, which stays"),
         (lambda m, x: m.bn(h := m.conv(x)) * h.sum(), "the output of `conv` is also read by `sum` in the model"),
