@@ -396,7 +396,7 @@ def _being_loaded(module: Any) -> Path | None:
 
 def _check_dtypes(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Make sure that no weight would be made of integers, and nothing cut to some: torch converts without a word."""
-    parameters = dict(module.named_parameters())
+    parameters = {name for name, _ in module.named_parameters()}
     for name, own in module.state_dict().items():
         saved = state.get(name)
         # Extra state may be anything.

@@ -201,7 +201,7 @@ class Census:
             if tensor in used and tensor.dtype not in FOLDABLE_DTYPES:
                 return "unusual-weight", f"`{called}` is of {tensor.dtype}, which cannot be scaled"
             # A module around the layer can reach its weight in any case, and keeps the same one.
-            around = () if computed else _around(name)
+            around = () if computed else ("", *names_around(name))
             owners = [_join(*owner) for owner in self._owners[tensor] if owner[0] == name or owner[0] not in around]
             if len(owners) > 1:
                 return "shared-parameter", f"`{owners[0]}` is also `{owners[1]}`"
@@ -288,9 +288,17 @@ def is_plain(tensor: Tensor) -> bool:
     return function in _TORCHS_FUNCTIONS and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
-def _around(name: str) -> list[str]:
-    """The names of the modules around one."""
-    return ["", *(name[:end] for end, letter in enumerate(name) if letter == ".")] if name else []
+def names_around(name: str) -> list[str]:
+    """The names of the modules around one, outermost first, without the model itself.
+
+    Args:
+        name: Its name.
+
+    Example:
+        >>> names_around("net.block.conv")
+        ['net', 'net.block']
+    """
+    return [name[:end] for end, letter in enumerate(name) if letter == "."]
 
 
 def _join(module: str, key: str) -> str:

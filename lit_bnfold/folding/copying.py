@@ -69,9 +69,10 @@ def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
     """
     modules, memo = _inside_first(model), memo or {}
     known = {id(tensor): tensor.detach().clone() for tensor in tensors_in(_held(modules)) if not tensor.is_leaf} | memo
-    # There is one of each module of Python, and Python does not copy it.
-    known |= {id(value): value for module in modules for value in vars(module).values() if type(value) is ModuleType}
     ordinary = {kind for kind in set(map(type, modules)) if _is_ordinary(kind)}
+    # There is one of each module of Python, and Python does not copy it.
+    others = [value for module in modules if type(module) not in ordinary for value in vars(module).values()]
+    known |= {id(value): value for value in others if type(value) is ModuleType}
     try:
         copied = _deepcopy(model, [module for module in modules if type(module) in ordinary], known)
     except Exception as error:

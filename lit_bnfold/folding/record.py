@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from lit_bnfold.folding.census import Census
+from lit_bnfold.folding.census import Census, names_around
 from lit_bnfold.folding.graph import BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph
 from lit_bnfold.folding.kinds import (
     KIND_OF_FUNCTION,
@@ -267,7 +267,7 @@ class Recorder:
         is_given_one_tensor = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
         if not is_given_one_tensor or self._is_changed(module):
             self._note_told(name)
-        around = (self._modules.get(name[:end]) for end, letter in enumerate(name) if letter == ".")
+        around = map(self._modules.get, names_around(name))
         running = {id(each.module) for each in self.running}
         if any(each is not None and id(each) not in running and self._is_changed(each) for each in around):
             self._note_told(None if caller is None else self._census.names[caller])
@@ -275,7 +275,8 @@ class Recorder:
     def _note_told(self, module: str | None) -> None:
         for picked in self._picked.values():
             picked.told.append(module)
-        for cause in list(self.graph.forked.values())[:1]:
+        cause = next(iter(self.graph.forked.values()), None)
+        if cause is not None:
             self.graph.forked.setdefault(module, cause)
 
     def _is_changed(self, module: nn.Module) -> bool:
@@ -573,7 +574,7 @@ class Recorder:
         except BaseException:
             self._note_failure(known.name, args, kwargs)
             raise
-        read = args[1:] if known.reads_shapes and not self._is_of_batchnorm(args) else args
+        read = args[1:] if known.reads_shapes and not self._may_change_form(args) else args
         self._add_call("operation", known.name, read, kwargs, output, written, draws=known.draws)
         if known.reveals_numbers:
             self._note_fork((args, kwargs))
@@ -581,8 +582,8 @@ class Recorder:
             self._note_mask(known.masks, args, output)
         return output
 
-    def _is_of_batchnorm(self, args: tuple[Any, ...]) -> bool:
-        """Whether the first of some arguments is what a BatchNorm gave, which may be laid out anew in a fold."""
+    def _may_change_form(self, args: tuple[Any, ...]) -> bool:
+        """Whether a fold may lay the first of some arguments out anew, as what a BatchNorm gave, or take it away."""
         with self.looking_away:
             maker = self.graph.maker(self._ledger.value(args[0])) if args and isinstance(args[0], Tensor) else None
         return maker is None or maker.kind == "batchnorm"

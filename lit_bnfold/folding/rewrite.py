@@ -309,17 +309,12 @@ class _InsteadOfNormalising(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _zeros(input: Tensor) -> Tensor:
-    """Zeros for an input of any shape, that share the memory of one."""
-    return input.new_zeros(()).expand(input.shape)
-
-
 class Zero(nn.Module):
     """What is left of a BatchNorm that was folded into a layer beside it: it adds nothing."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Zeros for an input of any shape, that share the memory of one."""
-        return _zeros(input)
+        return input.new_zeros(()).expand(input.shape)
 
 
 class WritableZero(Zero):
@@ -330,13 +325,6 @@ class WritableZero(Zero):
         return torch.zeros_like(input)
 
 
-_GIVES: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
-    nn.Identity: nn.Identity(),
-    Zero: _zeros,
-    WritableZero: torch.zeros_like,
-}
-"""What each module that is left of a BatchNorm gives in place of the normalised input."""
-
 # Weakly, for classes may be made while the process runs, and go again.
 _rests: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
@@ -346,7 +334,7 @@ def _rest_of(kind: Any, left: type[nn.Module]) -> Any:
     known = _rests.get((kind, left))
     if known is not None:
         return known
-    gives = _GIVES[left]
+    gives = left().forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _InsteadOfNormalising(gives):
