@@ -344,10 +344,12 @@ class BatchNormFolding(Callback):
         weights: str,
         reestimated: dict[str, Any] | None,
         best: tuple[str, float] | None = None,
+        *,
+        lends: bool = True,
     ) -> None:
         """The order of events: validate and watch, plan, fold, validate again, compare, write."""
         try:
-            original, before = self._watch_original(trainer, pl_module, validate)
+            original, before = self._watch_original(trainer, pl_module, validate, lends=lends)
         except _NothingToProveOnError as error:
             if self.on_mismatch == "raise":
                 raise
@@ -380,6 +382,10 @@ class BatchNormFolding(Callback):
             if self.report["mismatch"] is None:
                 measure = partial(measure_inference, trainer, unfolded, validation_seconds=seconds)
                 self._write(trainer, pl_module, plan, directory, calls, trained, measure)
+        if self.report["mismatch"] is not None and original.has_lent:
+            # Perhaps a layer does something else if it has a bias, and had one in the first validation alone.
+            self._fold(trainer, pl_module, validate, directory, weights, reestimated, best, lends=False)
+            return
         if self.report["mismatch"] is None and trainer.state.fn == "fit":
             if tensorboard_loggers(trainer):
                 self._stages.begin("drawing both versions for TensorBoard")
@@ -388,7 +394,7 @@ class BatchNormFolding(Callback):
         self._conclude(trainer, pl_module, directory)
 
     def _watch_original(
-        self, trainer: Trainer, pl_module: LightningModule, validate: _Validate, *, lends: bool = True
+        self, trainer: Trainer, pl_module: LightningModule, validate: _Validate, *, lends: bool
     ) -> tuple[GraphWitness, ValidationRun | None]:
         self._stages.begin("validating the original")
         with GraphWitness(pl_module, lends=lends) as original, GraphWitness(pl_module, lends=lends) as of_example:

@@ -344,6 +344,23 @@ class WithoutBias(nn.Linear):
         return nn.functional.linear(input, self.weight)
 
 
+class OtherWithBias(nn.Linear):
+    """Does something else once it has a bias, be it one that it is lent."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        outputs = nn.functional.linear(input, self.weight)
+        return 2 * outputs if self.bias is None else outputs + self.bias
+
+
+class Deceived(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(OtherWithBias(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+
 class Refusing(Tiny):
     def __init__(self) -> None:
         super().__init__()
@@ -455,6 +472,7 @@ SITUATIONS: dict[str, Callable[[Path], Situation]] = {
     "everything_kept": lambda _: Situation(NormFirst, folds=(), kept={"net.0": "no-layer"}),
     "compiled": lambda _: Situation(Compiled, kept={"head._orig_mod.1": "opaque"}),
     "hooked": lambda _: Situation(Hooked, folds=("head.1",), kept={"net.1": "other-reader"}),
+    "deceived": lambda _: Situation(Deceived, folds=("net.3",)),
     "refusing": lambda _: Situation(Refusing, folds=("net.4",), kept={"net.1": "own-forward"}),
     "refusing_on_an_example": lambda _: Situation(
         Refusing,
