@@ -131,7 +131,7 @@ def _copy_of(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     if kind in _CONTAINERS and not value:
         copied = memo[id(value)] = kind()
-    elif kind is dict and all(type(key) is str for key in value):
+    elif kind is dict and {str}.issuperset(map(type, value)):
         copied = memo[id(value)] = {}
         for key, each in value.items():
             copied[key] = each if type(each) in WITHOUT_TENSORS else _copy_of(each, memo)

@@ -215,10 +215,11 @@ class Recorder:
 
     def _lend_bias(self, module: nn.Module, stack: ExitStack) -> None:
         """Give a layer without a bias one of zeros, to see whether a forward of its own would use that of a fold."""
-        own, size = module._parameters, self._size_of_missing_bias(module)
-        like = next(module.parameters(), None)
+        size = self._size_of_missing_bias(module)
+        like = None if size is None else next(module.parameters(), None)
         if size is None or like is None:
             return
+        own = module._parameters
         if "bias" in own:
             stack.callback(own.update, {"bias": None})
         else:

@@ -339,15 +339,16 @@ def in_float64(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
 @contextmanager
 def _random_numbers_kept(model: nn.Module) -> Iterator[None]:
     devices = sorted({parameter.get_device() for parameter in model.parameters() if parameter.is_cuda})
-    numpy: Any = sys.modules.get("numpy")
-    state, state_of_numpy = random.getstate(), numpy and numpy.random.get_state()
+    # Torch imports numpy, and numpy this part of it when somebody asks for it: then nobody has drawn from it yet.
+    numpy: Any = sys.modules.get("numpy.random")
+    state, state_of_numpy = random.getstate(), numpy and numpy.get_state()
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(state)
         if numpy:
-            numpy.random.set_state(state_of_numpy)
+            numpy.set_state(state_of_numpy)
 
 
 def _nothing_compiled() -> AbstractContextManager[Any]:

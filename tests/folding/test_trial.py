@@ -241,6 +241,27 @@ def test_random_numbers_of_numpy_come_out_as_they_went_in(net: Any) -> None:
     assert numpy.random.rand() == drawn
 
 
+def test_part_of_numpy_that_draws_is_loaded_by_models_that_draw_from_it_alone() -> None:
+    code = """
+        import sys, torch
+        from torch import nn
+        from lit_bnfold.folding import fold_batchnorm
+
+        class Noisy(nn.Sequential):
+            def forward(self, x):
+                import numpy.random
+                return super().forward(x) * numpy.random.rand()
+
+        layers, x = (nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(5, 3)
+        nn.init.normal_(layers[1].running_mean)
+        was_loaded = "numpy.random" in sys.modules  # numpy 1 loads all of itself
+        assert type(fold_batchnorm(nn.Sequential(*layers), (x,))[1]) is nn.Identity
+        assert ("numpy.random" in sys.modules) == was_loaded
+        assert type(fold_batchnorm(Noisy(*layers), (x,))[1]) is nn.Identity
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
 def test_buffer_that_counts_inside_a_normalisation_of_a_project_is_put_back() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
