@@ -200,11 +200,12 @@ class Census:
                 return "unusual-weight", f"`{called}` is not an ordinary parameter"
             if tensor in used and tensor.dtype not in FOLDABLE_DTYPES:
                 return "unusual-weight", f"`{called}` is of {tensor.dtype}, which cannot be scaled"
-            # A module around the layer can reach its weight in any case, and keeps the same one.
-            around = () if computed else ("", *names_around(name))
-            owners = [_join(*owner) for owner in self._owners[tensor] if owner[0] == name or owner[0] not in around]
-            if len(owners) > 1:
-                return "shared-parameter", f"`{owners[0]}` is also `{owners[1]}`"
+            if len(self._owners[tensor]) > 1:
+                # A module around the layer can reach its weight in any case, and keeps the same one.
+                around = () if computed else ("", *names_around(name))
+                owners = [_join(*owner) for owner in self._owners[tensor] if owner[0] == name or owner[0] not in around]
+                if len(owners) > 1:
+                    return "shared-parameter", f"`{owners[0]}` is also `{owners[1]}`"
         return None
 
     def _as_layer_obstacle(self, module: nn.Module) -> Obstacle | None:

@@ -311,10 +311,12 @@ KINDS = Kinds()
 
 def _is_frozen_batchnorm(module: nn.Module) -> bool:
     """Whether a module is a BatchNorm of a class of its own, as detection models have them for inference alone."""
-    tensors = own_tensors(module).keys() - {"num_batches_tracked"}
-    if tensors != _STATISTICS or module._modules:
+    if module._modules:
         return False
-    lengths = {own_tensors(module)[key].shape for key in _STATISTICS}
+    tensors = own_tensors(module)
+    if tensors.keys() - {"num_batches_tracked"} != _STATISTICS:
+        return False
+    lengths = {tensors[key].shape for key in _STATISTICS}
     return len(lengths) == 1 and len(lengths.pop()) == 1
 
 

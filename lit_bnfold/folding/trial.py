@@ -12,12 +12,13 @@ import copy
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_bnfold.folding.algebra import scale_and_shift
@@ -56,24 +57,20 @@ class Take(NamedTuple):
 class Tape:
     """What the layers of a run were given and made of it, call by call, as far as there is room.
 
-    Args:
-        batchnorms: Names of those that count as layers and of which nothing is kept.
-
     Attributes:
         room: Bytes that may still be kept.
         agrees: Whether all that has been played was given the same inputs in the same order.
     """
 
-    def __init__(self, batchnorms: Collection[str]) -> None:
+    def __init__(self) -> None:
         self.room = 0
         self.agrees = True
-        self._batchnorms = batchnorms
         self._takes: list[Take] = []
         self._played = 0
 
     def record(self, name: str, layer: Function) -> Function:
-        """A layer that does what it does, and is recorded."""
-        if name in self._batchnorms:
+        """A layer that does what it does, and is recorded, unless it is a BatchNorm."""
+        if layer is F.batch_norm:
             return layer
 
         def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -88,7 +85,7 @@ class Tape:
 
     def play(self, name: str, layer: Function, *, computes: bool = False) -> Function:
         """A layer that gives what it gave when it was recorded, and is computed where that was not kept."""
-        if name in self._batchnorms:
+        if layer is F.batch_norm:
             return layer
 
         def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -142,8 +139,7 @@ def run_as_it_is(
 
 def _recorded(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], kinds: Kinds, *, lends: bool) -> Run:
     twin = twin_of(model)
-    batchnorms = {name for name, module in twin.named_modules() if kinds.batchnorm(module) is not None}
-    tape = Tape(batchnorms)
+    tape = Tape()
     recorder = Recorder(twin, kinds, lends=lends, evens=True, instead=tape.record)
     # As much as the layer with the most numbers needs in float64, which is what folding in place may need as well.
     tape.room = 8 * max((parameter.numel() for parameter in model.parameters()), default=0)
@@ -338,7 +334,8 @@ def in_float64(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 @contextmanager
 def _random_numbers_kept(model: nn.Module) -> Iterator[None]:
-    devices = sorted({parameter.get_device() for parameter in model.parameters() if parameter.is_cuda})
+    with_cuda = list(model.parameters()) if torch.cuda.is_initialized() else []
+    devices = sorted({parameter.get_device() for parameter in with_cuda if parameter.is_cuda})
     # Torch imports numpy, and numpy this part of it when somebody asks for it: then nobody has drawn from it yet.
     numpy: Any = sys.modules.get("numpy.random")
     state, state_of_numpy = random.getstate(), numpy and numpy.get_state()
