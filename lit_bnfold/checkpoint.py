@@ -76,6 +76,8 @@ class _CarefulLoad:
 class FoldedLoading:
     """Mixin for LightningModules: ``load_from_checkpoint`` and ``ckpt_path`` take folded checkpoints as well.
 
+    It has to stand before ``LightningModule`` among the bases.
+
     Example:
         >>> class Network(FoldedLoading, LightningModule):
         ...     pass
@@ -98,7 +100,7 @@ class FoldedLoading:
 
 
 def load_folded(model_class: type[_Module], path: str | Path, **kwargs: Any) -> _Module:
-    """Load a folded checkpoint into a module of any class.
+    """Load a folded checkpoint into a LightningModule of any class.
 
     Args:
         model_class: The class that was trained.
@@ -114,6 +116,7 @@ def load_folded(model_class: type[_Module], path: str | Path, **kwargs: Any) -> 
         FileNotFoundError: If there is no such file.
         FoldingError: If the checkpoint is not folded, or its plan does not fit the class.
         RuntimeError: If its weights do not fit the class.
+        TypeError: If ``model_class`` is no class of LightningModules.
         ValueError: If the file is damaged, no checkpoint of Lightning, or holds more than tensors and plain values.
 
     Example:
@@ -131,6 +134,11 @@ def load_folded(model_class: type[_Module], path: str | Path, **kwargs: Any) -> 
         >>> folded.net.norm1
         Identity()
     """
+    if not isinstance(model_class, type) or not hasattr(model_class, "load_from_checkpoint"):
+        raise TypeError(
+            f"model_class: expected the LightningModule class that was trained, got {model_class!r}; pass the class "
+            "first, then the path."
+        )
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected a folded checkpoint at {path}, found no file.")
 

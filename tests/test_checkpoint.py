@@ -119,6 +119,12 @@ def test_a_foreign_class_is_loaded_without_a_word(folded_file: Path, foreign: Li
     torch.testing.assert_close(folded(INPUTS), foreign(INPUTS), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("given", [nn.Linear, "folded.ckpt", Foreign(width=5)], ids=["class", "path", "module"])
+def test_what_is_no_class_of_a_module_is_refused(given: Any, folded_file: Path) -> None:
+    with pytest.raises(TypeError, match=r"model_class: expected the LightningModule class that was trained, got "):
+        load_folded(given, folded_file)
+
+
 def test_layers_without_a_bias_get_theirs_on_loading(folded_file: Path, foreign: LightningModule) -> None:
     assert foreign.net[0].bias is None
     bias = load_folded(Foreign, folded_file).net[0].bias

@@ -597,7 +597,10 @@ WRONG = {
     "no_subcommand": ([], "{fit,validate,test,predict,fold"),
     "unknown_subcommand": (["train"], "train"),
     "missing_config": (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
-    "wrong_value": (["fit", "--folding.tolerance", "0"], "lit-bnfold: tolerance: expected a number above 0 or None"),
+    "wrong_value": (
+        ["fit", "--folding.tolerance", "0"],
+        "lit-bnfold: tolerance: expected a finite number above 0 or None",
+    ),
     "wrong_choice": (["fit", "--folding.weights", "first"], "weights"),
     "wrong_count": (["fit", "--folding.reestimate_batches", "-1"], "lit-bnfold: reestimate_batches: expected a number"),
     "wrong_export": (["fit", "--folding.export", "[torchscript]"], "export"),

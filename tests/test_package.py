@@ -129,6 +129,12 @@ def test_every_public_name_can_be_imported(module: str, names: str) -> None:
 def test_all_names_of_the_package_exist_and_no_others() -> None:
     assert {name for name in lit_bnfold.__all__ if getattr(lit_bnfold, name) is None} == set()
     assert set(dir(lit_bnfold)) == set(lit_bnfold.__all__)
+    tree = ast.parse(Path(lit_bnfold.__file__).read_text(encoding="utf-8"))
+    imports = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "lit_bnfold" in (node.module or "")
+    ]
+    for_types = {(alias.asname, node.module) for node in imports for alias in node.names}
+    assert for_types == set(lit_bnfold._HOME.items())
     with pytest.raises(AttributeError, match="no attribute 'fold_everything'"):
         _ = lit_bnfold.fold_everything
 

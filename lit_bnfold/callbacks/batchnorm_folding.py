@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,7 +110,7 @@ class BatchNormFolding(Callback):
         on_mismatch: Literal["raise", "warn"] = "raise",
         reestimate_batches: int = 0,
         export: Sequence[Export] = (),
-        dirpath: str | None = None,
+        dirpath: str | Path | None = None,
         replace: bool = False,
     ) -> None:
         for name, value, choices in (
@@ -118,8 +119,10 @@ class BatchNormFolding(Callback):
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}.")
-        if tolerance is not None and not tolerance > 0:
-            raise ValueError(f"tolerance: expected a number above 0 or None, got {tolerance!r}.")
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (float, int, type(None))):
+            raise TypeError(f"tolerance: expected a number or None, got {tolerance!r}.")
+        if tolerance is not None and not 0 < tolerance < math.inf:
+            raise ValueError(f"tolerance: expected a finite number above 0 or None, got {tolerance!r}.")
         if not isinstance(reestimate_batches, int) or isinstance(reestimate_batches, bool):
             raise TypeError(f"reestimate_batches: expected an int, got {reestimate_batches!r}.")
         if reestimate_batches < 0:
@@ -348,6 +351,8 @@ class BatchNormFolding(Callback):
         lends: bool = True,
     ) -> None:
         """The order of events: validate and watch, plan, fold, validate again, compare, write."""
+        # A checkpoint that this training went on from may have brought the report of an earlier one.
+        self.report = None
         try:
             original, before = self._watch_original(trainer, pl_module, validate, lends=lends)
         except _NothingToProveOnError as error:

@@ -22,11 +22,18 @@ from torch.overrides import TorchFunctionMode
 
 from lit_bnfold.callbacks.validation import run_training_steps
 from lit_bnfold.folding import FoldingError
+from lit_bnfold.folding.operations import RECURRENT, argument
 from lit_bnfold.layer_sync import SynchronisedBatchNorm
 
 _SYNCHRONISED = (nn.SyncBatchNorm, SynchronisedBatchNorm)
 
-_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+_DROPOUTS = {
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    *(torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
+}
+
+# Where these take the probability of their own dropout, if it is not given by the name `dropout_p`.
+_ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,10 +209,12 @@ class _Observer(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _DROPOUTS:
-            return args[0]
+            return argument(args, kwargs, 0, "input")
         if func is F.batch_norm:
             self._see(*args, **kwargs)
-        return func(*args, **kwargs)
+        return func(
+            *_without_dropout(func, args), **{key: 0.0 if key == "dropout_p" else kwargs[key] for key in kwargs}
+        )
 
     def _see(
         self,
@@ -221,6 +230,15 @@ class _Observer(TorchFunctionMode):
         name = self._names.get(id(running_mean))
         if name is not None and training:
             self._observed[name] += Moments.of(input)
+
+
+def _without_dropout(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The positional arguments of a call of attention or of a recurrent layer, with a dropout of 0."""
+    place = _ATTENTION.get(function, len(args))
+    if function in RECURRENT:
+        # It comes behind the list of weights, a flag for biases and the number of layers.
+        place = next(index for index, each in enumerate(args) if isinstance(each, list)) + 3
+    return args if place >= len(args) else (*args[:place], 0.0, *args[place + 1 :])
 
 
 @contextmanager

@@ -212,11 +212,15 @@ def print_report(report: Report) -> None:
     console.print(f"BatchNorm folding: {folded} of {every} folded{undone}", highlight=False)
     console.print(_folds_table(report, style))
     console.print(_numbers_table(report, style))
-    noted = [fold for fold in report["folds"] if "note" in fold]
+    noted = [fold for fold in report["folds"] if "note" in fold and report["mismatch"] is None]
     sentences = [f"{fold['batchnorm']} is folded: {fold['note']}." for fold in noted[:_MOST_KEPT]]
+    if len(noted) > _MOST_KEPT:
+        sentences.append(f"{len(noted) - _MOST_KEPT} more are folded with a note; folding.json has each.")
     sentences += [f"{kept['batchnorm']} stays: {kept['reason']}." for kept in report["kept"][:_MOST_KEPT]]
     if len(report["kept"]) > _MOST_KEPT:
-        sentences.append(f"{len(report['kept']) - _MOST_KEPT} more stay; folding.json says of each why.")
+        # Of versions that disagree nothing is written.
+        place = "folding.json" if report["mismatch"] is None else "the callback's `plan`"
+        sentences.append(f"{len(report['kept']) - _MOST_KEPT} more stay; {place} says of each why.")
     for sentence in map(printable, sentences):
         console.print(sentence, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 

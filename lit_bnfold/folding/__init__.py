@@ -88,7 +88,7 @@ def plan_folding(
     for name, value, expected, words in (
         ("model", model, nn.Module, "an nn.Module"),
         ("example_args", example_args, Sequence, "a sequence of arguments such as (x,)"),
-        ("example_kwargs", example_kwargs or {}, Mapping, "a mapping of arguments such as {'x': x}"),
+        ("example_kwargs", example_kwargs, (Mapping, type(None)), "a mapping of arguments such as {'x': x}"),
         ("kinds", kinds, Kinds, "Kinds"),
     ):
         if not isinstance(value, expected):
@@ -124,7 +124,9 @@ def fold_batchnorm(
 
     Returns:
         The folded model, of the same class, with the training flags it had. What could not be folded is still there;
-        ``plan_folding`` tells why.
+        ``plan_folding`` tells why. Where a BatchNorm was there is an ``nn.Identity``; or a module that gives zeros, if
+        it was folded into a layer beside it; or, if its class does more than normalise, a subclass of that class which
+        leaves the normalisation out, and for which ``isinstance`` still says BatchNorm.
 
     Raises:
         FoldingError: If the model cannot be copied or does not run on the example.

@@ -54,7 +54,7 @@ class Census:
 
     Attributes:
         names: Each module with its name, the first one in ``named_modules()``.
-        hooked: The modules that carry a forward hook or a forward pre-hook.
+        hooked: The modules that carry a forward hook or a forward pre-hook, other than one that computes their weight.
         owned: The parameters and buffers that each module holds itself, by attribute.
         tensors: Each parameter and buffer with its first name.
         layer_kinds: The kind of each weight layer.
@@ -186,6 +186,8 @@ class Census:
         name, computed = self.names[module], self.computed.get(module, {})
         for key in {"weight", "bias"} - self.owned[module].keys() - computed.keys():
             is_missing = key == "weight" and self.layer_kinds[module] is not NORMALISING
+            if is_missing and not isinstance(getattr(module, key, None), Tensor):
+                return "unusual-weight", f"`{name}` has no tensor that is called `weight`"
             if is_missing or (module._parameters.get(key) is None and getattr(module, key, None) is not None):
                 return "computed-weight", f"the {key} of `{name}` is computed anew at every call"
         if computed.keys() - {"weight", "bias"}:

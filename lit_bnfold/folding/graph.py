@@ -123,7 +123,8 @@ class Layer:
             of its statistics.
         computed: Those of ``weight`` and ``bias`` that are computed at every call.
         originals: Names of the parameters and buffers that they may be computed from.
-        obstacle: Why nothing may be folded into it whatever the run did; None if nothing is in the way.
+        obstacle: Why nothing may be folded into it, known before the run or shown by its calls; None if nothing is in
+            the way.
     """
 
     function: str | None
@@ -176,7 +177,7 @@ class BatchNorm:
         eps: What it adds to its variance, as the run has shown; None where its attributes tell.
         residual_gain: How many times larger rounding errors are where a layer takes over the scaling of what is added
             to its output.
-        obstacle: Why it has to stay whatever the run did; None if nothing is in the way.
+        obstacle: Why it has to stay, known before the run or shown by its calls; None if nothing is in the way.
     """
 
     num_features: int

@@ -23,7 +23,8 @@ class LayerKind:
 
     Attributes:
         module: The class of its modules.
-        function: What its forward calls with the module's own weight and bias, with the arguments ``arguments``.
+        function: What its forward calls with the module's own weight and bias, with the arguments ``arguments``; one of
+            torch's functions, since the run does not see others.
         channel_axis: Axis of its input and its output that the channels lie on; counted from the end if negative.
         in_channels: Name of the attribute with the number of input channels; where it is missing, the weight tells.
         out_channels: Name of the attribute with the number of output channels, likewise.
@@ -232,6 +233,9 @@ class Kinds:
         layers: Further kinds of layers.
         batchnorms: Further kinds of BatchNorms.
 
+    Raises:
+        TypeError: If one of them is no tuple, or holds something else.
+
     Example:
         >>> class Standardise(nn.Module):
         ...     def __init__(self, size):
@@ -250,6 +254,12 @@ class Kinds:
 
     layers: tuple[LayerKind, ...] = ()
     batchnorms: tuple[BatchNormKind, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, given, kind in (("layers", self.layers, LayerKind), ("batchnorms", self.batchnorms, BatchNormKind)):
+            if not isinstance(given, tuple) or not all(isinstance(each, kind) for each in given):
+                expected = f"a tuple such as ({kind.__name__}(YourClass, ...),)"
+                raise TypeError(f"{name}: expected {expected}, got {given!r}.")
 
     def layer(self, module: nn.Module | None, function: str | None = None) -> LayerKind | None:
         """The kind of weight layer that a module is; None if it is none.

@@ -8,13 +8,15 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lit_bnfold.folding.graph import FoldingError
 from lit_bnfold.folding.kinds import KINDS, Kinds
 
 if TYPE_CHECKING:
     from torch import nn
+
+_Model = TypeVar("_Model", bound="nn.Module")
 
 # 1: had no checksum.
 MANIFEST_VERSION = 2
@@ -131,7 +133,7 @@ class FoldingPlan:
     folds: tuple[Fold, ...] = ()
     kept: tuple[Kept, ...] = ()
 
-    def apply(self, model: nn.Module, inplace: bool = False, kinds: Kinds = KINDS) -> nn.Module:
+    def apply(self, model: _Model, inplace: bool = False, kinds: Kinds = KINDS) -> _Model:
         """Fold a model that has the structure of the one this plan was made for.
 
         Args:
@@ -185,9 +187,10 @@ class FoldingPlan:
         """
         version = plan.get("version") if isinstance(plan, dict) else None
         if type(version) is not int or not 1 <= version <= MANIFEST_VERSION:
-            raise FoldingError(
-                f"Expected a folding plan of version 1 to {MANIFEST_VERSION}, got version {_shortened(version)}."
-            )
+            is_newer = type(version) is int and version > MANIFEST_VERSION
+            remedy = "a newer release wrote it: upgrade lit-bnfold" if is_newer else "take the dict that `to_dict` gave"
+            expected = f"a folding plan of version 1 to {MANIFEST_VERSION}"
+            raise FoldingError(f"Expected {expected}, got version {_shortened(version)}; {remedy}.")
         given = _fields(plan, _PLAN if version > 1 else _PLAN_1, "the plan")
         folds = tuple(_fold_from_dict(fold, f"folds[{index}]") for index, fold in enumerate(given["folds"]))
         kept = tuple(Kept(**_fields(each, _KEPT, f"kept[{index}]")) for index, each in enumerate(given["kept"]))

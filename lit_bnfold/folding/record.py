@@ -131,7 +131,7 @@ class Recorder:
         self._by_address: dict[int | None, list[Tensor]] = defaultdict(list)
         for tensor in self._census.tensors:
             self._by_address[address_of(tensor)].append(tensor)
-        self._thread = threading.get_ident()
+        self._thread: int | None = None
         self.running = [_Running(0, None)]
         self.looking_away = _LookingAway()
         self._before_write: dict[Tensor, Tensor] = {}
@@ -151,6 +151,7 @@ class Recorder:
                 self.graph.batchnorms[self._census.names[module]] = self._census.batchnorms[module]
 
     def __enter__(self) -> Recorder:
+        self._thread = threading.get_ident()
         with ExitStack() as stack:
             stack.callback(self._put_back)
             hooks: list[RemovableHandle] = []
@@ -232,6 +233,8 @@ class Recorder:
         kind = self._census.layer_kinds.get(module)
         if kind is None:
             return size_of_bias_left_out(module)
+        if not isinstance(getattr(module, "weight", None), Tensor):
+            return None  # The census says what is wrong with it.
         is_asked = kind is not NORMALISING and kind.has_bias and not kind.runs_torchs_forward(module)
         return kind.channels(module)[1] if is_asked and module._parameters.get("bias") is None else None
 

@@ -1,12 +1,13 @@
 """Plan and model -> folded model: on a copy, in place, or in place with a way back.
 
-A layer keeps its Parameter objects and gets new numbers; a BatchNorm object becomes an ``nn.Identity``, wherever the
-model holds it. Each fold is whole before the next begins, so whatever happens the model computes what it did before.
+A layer keeps its Parameter objects and gets new numbers; a BatchNorm object becomes an ``nn.Identity``, or what else is
+left of it, wherever the model holds it. Each fold is whole before the next begins, so whatever happens the model
+computes what it did before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ from lit_bnfold.folding.computed import Undo, bake, computed_tensors
 from lit_bnfold.folding.copying import copy_model, stand_in
 from lit_bnfold.folding.graph import FoldingError
 from lit_bnfold.folding.kinds import KINDS, NORMALISING, Kinds, LayerKind, Rest
-from lit_bnfold.folding.plan import Fold, FoldingPlan, Part
+from lit_bnfold.folding.plan import DIRECTIONS, Fold, FoldingPlan, Part
 from lit_bnfold.folding.transparent import UNTOUCHED
 from lit_bnfold.folding.turn import TURN
 
@@ -179,34 +180,51 @@ def _check_obstacles(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
 
 
 def _check_fit(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
-    modules, gone = dict(model.named_modules()), set[str]()
+    misfit = next(_misfits(plan, dict(model.named_modules()), kinds), None)
+    if misfit is not None:
+        raise FoldingError(f"{misfit}. Make a plan for this very model, with `plan_folding`.")
+
+
+def _misfits(plan: FoldingPlan, modules: Mapping[str, nn.Module], kinds: Kinds) -> Iterator[str]:
+    """What of a plan does not fit a model, as sentences without their full stop."""
+    gone = set[str]()
     for fold in plan.folds:
         if (again := gone.intersection({fold.batchnorm, *fold.layers})) or fold.batchnorm in fold.layers:
             name = next(iter(again), fold.batchnorm)
-            raise FoldingError(f"The plan folds the BatchNorm `{name}`, and wants it again for `{fold.batchnorm}`.")
+            yield f"The plan folds the BatchNorm `{name}`, and wants it again for `{fold.batchnorm}`"
         gone.add(fold.batchnorm)
+        if fold.direction not in DIRECTIONS or not fold.parts or len(set(fold.layers)) < len(fold.layers):
+            expected = f"one of {', '.join(DIRECTIONS)} and at least one layer, each once"
+            found = f"{fold.direction!r} and {list(fold.layers)}"
+            yield f"The plan folds the BatchNorm `{fold.batchnorm}`: expected {expected}, got {found}"
         batchnorm = modules.get(fold.batchnorm)
         if batchnorm is None or kinds.batchnorm(batchnorm) is None:
             found = "nothing" if batchnorm is None else type(batchnorm).__name__
-            raise FoldingError(f"The plan folds the BatchNorm `{fold.batchnorm}`; the model has {found} of that name.")
-        for part in fold.parts:
-            layer = modules.get(part.layer)
-            kind = kinds.layer(layer, part.function)
-            if layer is None or kind is None:
-                found = "nothing" if layer is None else type(layer).__name__
-                raise FoldingError(f"The plan folds into the layer `{part.layer}`; the model has {found} of that name.")
-            direction = "parallel" if part.residual else fold.direction
-            if not _is_possible(direction, kind):
-                raise FoldingError(f"The plan folds {direction} into `{part.layer}`, which takes it backward alone.")
-            side, name = (0, kind.in_channels) if fold.direction == "forward" else (1, kind.out_channels)
-            name = name or "channels"
-            has, features = kind.channels(layer)[side], kinds.num_features(batchnorm)
-            wanted = features if part.channels is None else len(part.channels)
-            if wanted != has:
-                raise FoldingError(f"The plan wants {wanted} {name} of `{part.layer}`, which has {has}.")
-            channels = range(features) if part.channels is None else part.channels
-            if not set(channels) <= {UNTOUCHED, *range(features)}:
-                raise FoldingError(f"The plan names channels of `{fold.batchnorm}` beyond its {features}.")
+            yield f"The plan folds the BatchNorm `{fold.batchnorm}`; the model has {found} of that name"
+        else:
+            for part in fold.parts:
+                yield from _misfits_of_part(fold, part, kinds.num_features(batchnorm), modules, kinds)
+
+
+def _misfits_of_part(
+    fold: Fold, part: Part, num_features: int, modules: Mapping[str, nn.Module], kinds: Kinds
+) -> Iterator[str]:
+    layer = modules.get(part.layer)
+    kind = kinds.layer(layer, part.function)
+    if layer is None or kind is None:
+        found = "nothing" if layer is None else type(layer).__name__
+        yield f"The plan folds into the layer `{part.layer}`; the model has {found} of that name"
+        return
+    direction = "parallel" if part.residual else fold.direction
+    if not _is_possible(direction, kind):
+        yield f"The plan folds {direction} into `{part.layer}`, which takes it backward alone"
+    side, name = (0, kind.in_channels) if fold.direction == "forward" else (1, kind.out_channels)
+    channels = range(num_features) if part.channels is None else part.channels
+    has = kind.channels(layer)[side]
+    if len(channels) != has:
+        yield f"The plan wants {len(channels)} {name or 'channels'} of `{part.layer}`, which has {has}"
+    if not set(channels) <= {UNTOUCHED, *range(num_features)}:
+        yield f"The plan names channels of `{fold.batchnorm}` beyond its {num_features}"
 
 
 def _is_possible(direction: str, kind: LayerKind) -> bool:

@@ -769,6 +769,26 @@ def test_a_later_checkpoint_holds_the_report(tmp_path: Path) -> None:
     assert again.report["validation"] != folding.report["validation"]
 
 
+def test_a_report_of_an_earlier_training_is_not_told_as_that_of_one_that_folded_nothing(tmp_path: Path) -> None:
+    class Unable(Tiny):
+        """Does not take what a batch begins with, and has no other example."""
+
+        def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+            return self.net(inputs)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(*batch).square().mean()
+
+    trainer = fit(tmp_path, Tiny(), BatchNormFolding())
+    trainer.save_checkpoint(tmp_path / "later.ckpt")
+    folding = BatchNormFolding(dirpath=tmp_path / "again", on_mismatch="warn")
+    resumed = quiet_trainer(tmp_path, max_epochs=3, callbacks=[folding])
+    with pytest.warns(UserWarning, match="Nothing was folded"):
+        resumed.fit(Unable(), loader(), ckpt_path=tmp_path / "later.ckpt", weights_only=True)
+    assert folding.report is None
+    assert not any("folding" in key for key in resumed.callback_metrics)
+
+
 @pytest.mark.parametrize("kind", [TwoNetworks, Attributes, Convolutional])
 def test_the_folded_module_shares_no_memory_with_the_trained_one(
     kind: type[Tiny], tmp_path: Path, randomised: Randomised
@@ -1392,9 +1412,10 @@ def test_validation_and_test_alone_do_nothing(tmp_path: Path, randomised: Random
     [
         ({"weights": "first"}, "weights: expected one of"),
         ({"on_mismatch": "ignore"}, "on_mismatch: expected one of"),
-        ({"tolerance": 0.0}, "tolerance: expected a number above 0 or None, got 0.0"),
-        ({"tolerance": -1.0}, "tolerance: expected a number above 0 or None, got -1.0"),
-        ({"tolerance": float("nan")}, "tolerance: expected a number above 0 or None, got nan"),
+        ({"tolerance": 0.0}, "tolerance: expected a finite number above 0 or None, got 0.0"),
+        ({"tolerance": float("inf")}, "tolerance: expected a finite number above 0 or None, got inf"),
+        ({"tolerance": -1.0}, "tolerance: expected a finite number above 0 or None, got -1.0"),
+        ({"tolerance": float("nan")}, "tolerance: expected a finite number above 0 or None, got nan"),
     ],
 )
 def test_an_argument_that_is_none_of_its_choices_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -112,6 +112,28 @@ class Dropping(Tiny):
         return self.net(F.dropout(input=inputs, p=0.5, training=self.training))
 
 
+class Attending(Tiny):
+    """Drops inside of attention and of recurrent layers, with and without packed sequences, and by torch's own name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+        self.lstm = nn.LSTM(4, 4, num_layers=2, dropout=0.5, batch_first=True)
+        self.gru = nn.GRU(4, 4, num_layers=2, dropout=0.5, batch_first=True)
+
+    @property
+    def is_dropping(self) -> bool:
+        return self.training and self.attention.dropout > 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = inputs[:, None] * torch.arange(1, 4)[:, None]  # (B, 4) -> (B, 3, 4)
+        rows = rows + self.attention(rows, rows, rows)[0] + self.attention(rows, rows, rows, need_weights=False)[0]
+        rows = rows + F.scaled_dot_product_attention(rows, rows, rows, dropout_p=0.5 * self.is_dropping)
+        packed = nn.utils.rnn.pack_padded_sequence(self.lstm(rows)[0], [3] * len(rows), batch_first=True)
+        rows = rows + nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)[0]
+        return self.net(torch.dropout(rows.mean(1), p=0.5, train=self.is_dropping))
+
+
 class Convolutional(Tiny):
     def __init__(self) -> None:
         super().__init__()
@@ -179,6 +201,8 @@ class Measuring(Callback):
         for module in twin.modules():
             if isinstance(module, (nn.Dropout, nn.AlphaDropout)):
                 module.p = 0.0
+            if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+                module.dropout = 0.0
         if isinstance(twin, Dropping):
             twin.forward = twin.net.forward
         inputs: dict[str, list[Tensor]] = {}
@@ -208,7 +232,7 @@ def quiet_trainer(tmp_path: Path, **kwargs: Any) -> Trainer:
 
 
 @pytest.mark.parametrize("batches", [2, 9])
-@pytest.mark.parametrize("module", [Tiny, Dropping, Convolutional, Twice, Special, Synchronised])
+@pytest.mark.parametrize("module", [Tiny, Dropping, Attending, Convolutional, Twice, Special, Synchronised])
 def test_the_statistics_are_those_of_all_elements_at_once(
     module: type[Tiny], batches: int, tmp_path: Path, randomised: Randomised
 ) -> None:

@@ -65,6 +65,32 @@ STANDARDISE = BatchNormKind(
 )
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"layers": (nn.Linear,)}, {"layers": (STANDARDISE,)}, {"batchnorms": (PROJECTION,)}, {"layers": PROJECTION}],
+)
+def test_kinds_that_are_none_are_refused(given: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"(layers|batchnorms): expected a tuple such as \(\w+Kind\(YourClass, ...\),\)"
+    ):
+        Kinds(**given)
+
+
+def test_layer_of_a_project_without_a_weight_stays_out_of_every_fold() -> None:
+    class Weightless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.matrix)
+
+    kinds = Kinds(layers=(LayerKind(Weightless, F.linear, channel_axis=-1),))
+    plan = plan_folding(nn.Sequential(Weightless(), nn.BatchNorm1d(4), nn.ReLU()).double(), (X,), kinds=kinds)
+    assert plan.kept[0].code == "unusual-weight"
+    assert "`0` has no tensor that is called `weight`" in plan.kept[0].reason
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (5, 2, 3)])
 def test_classes_of_a_project_are_folded_in_the_call_that_names_them(shape: tuple[int, ...], agree: Any) -> None:
     model = nn.Sequential(Projection(3, 4), Standardise(4), nn.Tanh(), nn.Linear(4, 2), Standardise(2)).double().eval()

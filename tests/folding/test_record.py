@@ -40,6 +40,20 @@ def test_layers_and_batchnorms_are_one_call_each_and_operations_are_below() -> N
     ]
 
 
+def test_thread_that_opens_a_recorder_is_the_one_that_is_recorded() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    recorder = Recorder(model)
+
+    def run() -> None:
+        with torch.no_grad(), recorder:
+            model(X)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert calls(recorder) == [("layer", "linear", "0"), ("batchnorm", "batch_norm", "1")]
+
+
 def test_frames_tell_where_a_call_happened() -> None:
     graph = record(nn.Sequential(nn.Sequential(nn.ReLU())), X).graph
     assert graph.modules_around(graph.calls[0].frame) == [None, "", "0", "0.0"]

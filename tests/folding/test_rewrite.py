@@ -228,6 +228,20 @@ def test_plan_with_channels_that_are_not_there_is_refused(channels: tuple[int, .
         FoldingPlan((Fold("1", (Part("0", channels),)),)).apply(model)
 
 
+@pytest.mark.parametrize(
+    "fold",
+    [Fold("1", (Part("0"),), "sideways"), Fold("1", ()), Fold("1", (Part("0"), Part("0")))],
+    ids=["direction", "no layer", "layer twice"],
+)
+def test_plan_that_was_made_by_hand_and_says_no_fold_is_refused(fold: Fold, randomised: Randomised) -> None:
+    model = randomised(small())
+    before = bits(model)
+    for inplace in (False, True):
+        with pytest.raises(FoldingError, match=r"folds the BatchNorm `1`: expected .*, got .*Make a plan"):
+            FoldingPlan((fold,)).apply(model, inplace=inplace)
+    assert bits(model) == before
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 def test_plan_is_refused_by_a_model_that_got_something_in_the_way_since(randomised: Randomised) -> None:
     plan = plan_folding(randomised(small()), (X,))

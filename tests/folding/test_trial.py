@@ -71,6 +71,10 @@ def test_argument_of_another_type_is_refused(fold: Any) -> None:
         fold(model, torch.randn(1, 5, 3))
     with pytest.raises(TypeError, match=r"example_kwargs: expected a mapping .*, got str"):
         fold(model, (), "x")
+    with pytest.raises(TypeError, match=r"example_kwargs: expected a mapping .*, got Tensor"):
+        fold(model, (X,), X)  # whose truth is ambiguous
+    with pytest.raises(TypeError, match=r"example_kwargs: expected a mapping .*, got list"):
+        fold(model, (X,), [])
     with pytest.raises(TypeError, match=r"model: expected an nn.Module, got function"):
         fold(lambda x: x, (X,))
     with pytest.raises(TypeError, match=r"kinds: expected Kinds, got NoneType"):
