@@ -186,7 +186,7 @@ class Census:
         name, computed = self.names[module], self.computed.get(module, {})
         for key in {"weight", "bias"} - self.owned[module].keys() - computed.keys():
             is_missing = key == "weight" and self.layer_kinds[module] is not NORMALISING
-            if is_missing and not isinstance(getattr(module, key, None), Tensor):
+            if is_missing and key not in vars(module) and not hasattr(type(module), key):
                 return "unusual-weight", f"`{name}` has no tensor that is called `weight`"
             if is_missing or (module._parameters.get(key) is None and getattr(module, key, None) is not None):
                 return "computed-weight", f"the {key} of `{name}` is computed anew at every call"

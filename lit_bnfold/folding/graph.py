@@ -16,8 +16,6 @@ from typing import Any, Literal
 Obstacle = tuple[str, str]
 """Why a BatchNorm has to stay: a stable code for programs, and a sentence for people."""
 
-_STRIDE_READERS = {"aten.view.default", "aten.view.dtype", "aten.as_strided.default", "aten._reshape_alias.default"}
-
 
 class FoldingError(Exception):
     """A model cannot be folded, or a plan does not fit it.
@@ -244,11 +242,6 @@ class ValueGraph:
             storages[value.storage].append(value)
         return storages
 
-    def is_reinterpreted(self, value: Value) -> bool:
-        """Whether somebody looks at the memory of a value in a way that depends on its strides."""
-        aliases = self._storages[value.storage]
-        return any(call.name in _STRIDE_READERS for alias in aliases for call in self.users(alias))
-
     def origins(self, values: Iterable[int]) -> tuple[set[int], set[int]]:
         """Everything that went into some values.
 
@@ -285,6 +278,9 @@ class ValueGraph:
             if call.kind == "batchnorm" and erased.get(call.owner or ""):
                 passed_on[call.outputs[0]] = passed_on.get(call.inputs[0], call.inputs[0])
             module = self.frames[call.frame].module
+            if module in erased and call.name in ("aten.clone.default", "aten.view.default"):
+                # What is left of one may lay out anew what it was given.
+                passed_on[call.outputs[0]] = passed_on.get(call.inputs[0], call.inputs[0])
             if call.index in ignored or module in erased:
                 continue
             read, given = call.inputs, [call.args, call.kwargs]

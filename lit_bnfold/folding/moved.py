@@ -143,7 +143,7 @@ def _normalised(output: Tensor, numbers: Normalisation, part: Part, channel_axis
     # In half precision torch's own kernels take wider numbers than the input; in float64 they take no other.
     numbers = numbers.each(lambda tensor: tensor.to(output if output.dtype is torch.float64 else output.device))
     if part.channels is None and part.shift == 1.0 and axis == 1:
-        return _batch_norm(output, numbers)
+        return _laid_out_like(output, _batch_norm(output, numbers))
     rows = output.movedim(axis, -1)  # (..., C)
     channels = torch.tensor(part.channels or range(rows.shape[-1]), device=output.device)
     numbers = numbers.each(lambda tensor: tensor[channels.clamp(min=0)])
@@ -152,8 +152,13 @@ def _normalised(output: Tensor, numbers: Normalisation, part: Part, channel_axis
     if part.shift != 1.0:
         normalised = normalised - (1.0 - part.shift) * _batch_norm(torch.zeros_like(flat), numbers)
     normalised = torch.where(channels == UNTOUCHED, flat, normalised).view(rows.shape).movedim(-1, axis)
-    # Laid out in memory as the layer does it, on which a later `view` may rely.
-    return torch.empty_like(output).copy_(normalised)
+    return _laid_out_like(output, normalised)
+
+
+def _laid_out_like(output: Tensor, normalised: Tensor) -> Tensor:
+    """The same numbers laid out in memory as the layer does it, on which a later `view` may rely."""
+    is_already = normalised.stride() == output.stride()
+    return normalised if is_already else torch.empty_like(output).copy_(normalised)
 
 
 def _batch_norm(input: Tensor, numbers: Normalisation) -> Tensor:

@@ -68,6 +68,8 @@ class Fold:
         note: A warning, in a sentence, if its numbers cost many digits; else None.
         eps: What it adds to its variance, if only a run could tell; None where it is an attribute of the module.
         written: Whether what it is added to is written into its output: what is left of it gives zeros of their own.
+        contiguous: Whether it lays out its output anew in memory, axis after axis: what is left of it does so too, for
+            a ``view`` of the output, or of anything made of it, may rely on that.
 
     Example:
         >>> Fold("bn", (Part("left"), Part("right"))).layers
@@ -80,6 +82,7 @@ class Fold:
     note: str | None = None
     eps: float | None = None
     written: bool = False
+    contiguous: bool = False
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -232,7 +235,7 @@ def _part_to_dict(part: Part) -> dict[str, Any]:
 
 def _without_news(given: dict[str, Any]) -> dict[str, Any]:
     """Leave out what earlier releases do not know where it says nothing, so that they can take the plan."""
-    return {key: value for key, value in given.items() if value or key not in ("residual", "written")}
+    return {key: value for key, value in given.items() if value or key not in _NEWS}
 
 
 # What a plan looks like as plain data: the types of each field. What has a default can be left out, as plans of older
@@ -248,6 +251,7 @@ _FOLD: _Schema = {
     "note": (str, type(None)),
     "eps": (*_NUMBER, type(None)),
     "written": (bool,),
+    "contiguous": (bool,),
 }
 _PART: _Schema = {
     "layer": (str,),
@@ -258,7 +262,8 @@ _PART: _Schema = {
     "residual": _NUMBER,
 }
 _KEPT: _Schema = {"batchnorm": (str,), "reason": (str,), "code": (str,)}
-_DEFAULTS = {"note": None, "eps": None, "baked": False, "function": None, "residual": 0.0, "written": False}
+_NEWS = {"residual": 0.0, "written": False, "contiguous": False}
+_DEFAULTS = {"note": None, "eps": None, "baked": False, "function": None} | _NEWS
 
 
 def _fields(given: Any, schema: _Schema, place: str) -> dict[str, Any]:
@@ -304,6 +309,8 @@ def _fold_from_dict(given: Any, place: str) -> Fold:
         raise _not_a_plan(f"{place}.parts", f"layers beside {fold['batchnorm']!r}, each once", names)
     if fold["written"] and fold["direction"] != "parallel":
         raise _not_a_plan(f"{place}.written", "False where the fold is not parallel", True)
+    if fold["contiguous"] and fold["direction"] == "parallel":
+        raise _not_a_plan(f"{place}.contiguous", "False where the fold is parallel", True)
     eps = None if fold["eps"] is None else _finite(fold["eps"], f"{place}.eps")
     if eps is not None and eps < 0.0:
         raise _not_a_plan(f"{place}.eps", "a number from 0 on", eps)

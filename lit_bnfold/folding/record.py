@@ -233,7 +233,7 @@ class Recorder:
         kind = self._census.layer_kinds.get(module)
         if kind is None:
             return size_of_bias_left_out(module)
-        if not isinstance(getattr(module, "weight", None), Tensor):
+        if "weight" not in self._census.owned[module].keys() | self._census.computed.get(module, {}).keys():
             return None  # The census says what is wrong with it.
         is_asked = kind is not NORMALISING and kind.has_bias and not kind.runs_torchs_forward(module)
         return kind.channels(module)[1] if is_asked and module._parameters.get("bias") is None else None

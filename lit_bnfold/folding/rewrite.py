@@ -343,6 +343,14 @@ class WritableZero(Zero):
         return torch.zeros_like(input)
 
 
+class Contiguous(nn.Identity):
+    """What is left of one that lays its output out anew in memory, for whoever relies on that."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input, of any shape, with its axes one after the other in memory, also those of size 1."""
+        return input.contiguous().view(input.shape)
+
+
 # Weakly, for classes may be made while the process runs, and go again.
 _rests: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
@@ -384,7 +392,7 @@ def erase(batchnorm: nn.Module, fold: Fold, kinds: Kinds = KINDS) -> Undo:
     """
     kind: Any = type(batchnorm)
     parameters, buffers = batchnorm._parameters, batchnorm._buffers
-    left: type[nn.Module] = nn.Identity
+    left: type[nn.Module] = Contiguous if fold.contiguous else nn.Identity
     if fold.direction == "parallel":
         left = WritableZero if fold.written else Zero
     if kinds.only_normalises(batchnorm):

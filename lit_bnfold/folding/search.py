@@ -170,6 +170,7 @@ class _Search:
         self.maps: dict[int, Channels] = {}
         self.layers: dict[str, None] = {}
         self._written = False
+        self._contiguous = False
 
     def fold(self) -> Fold:
         """The fold.
@@ -188,7 +189,7 @@ class _Search:
         self._check_other_paths()
         facts = self.graph.batchnorms[self.name]
         note = _note(facts.gain, self.graph.values[self.calls[0].inputs[0]].dtype)
-        return Fold(self.name, parts, self.direction, note, facts.eps, self._written)
+        return Fold(self.name, parts, self.direction, note, facts.eps, self._written, self._contiguous)
 
     def _walk(self) -> None:
         raise NotImplementedError
@@ -295,12 +296,13 @@ class _Search:
         """Without the BatchNorm its output is its input: that must not show either."""
         for call in self.calls:
             before, after = self.graph.values[call.inputs[0]], self.graph.values[call.outputs[0]]
-            is_laid_out_anew = _is_laid_out_anew(before, after)
-            if after.storage in self.graph.writers and (is_laid_out_anew or any(map(self._is_forked, self.maps))):
+            if after.storage in self.graph.writers and any(map(self._is_forked, self.maps)):
                 writer = self.graph.where(self.graph.writers[after.storage][0])
                 raise _StaysError("written", f"its output is written in place by {writer}")
-            if is_laid_out_anew and self.graph.is_reinterpreted(after):
-                raise _StaysError("layout", "it lays its output out anew in memory, and a later `view` relies on that")
+            if _is_laid_out_anew(before, after):
+                if after.stride != _contiguous(after.shape):
+                    raise _StaysError("layout", "it lays its output out anew in memory, on which others may rely")
+                self._contiguous = True
             if before.dtype != after.dtype:
                 raise _StaysError("layout", f"it turns {before.dtype} into {after.dtype}")
 
@@ -675,12 +677,18 @@ def _writes(call: Call) -> bool:
 def _is_laid_out_anew(before: Value, after: Value) -> bool:
     """Whether the strides differ, on an axis of size 1 as well: it may be longer next time.
 
-    Images whose channels come last are left so by torch, except for those of a single pixel, where it cannot tell.
+    Images whose channels come last are left so by torch, except for those of a single pixel, where it cannot tell, and
+    for those of a single channel, which come out in the other layout.
     """
     axes = list(range(len(before.shape)))
     if len(axes) in (4, 5) and before.stride == _channels_last(before.shape):
-        axes = [axis for axis in axes if before.shape[axis] > 1]
+        axes = [axis for axis in axes if before.shape[axis] > 1 or axis == 1]
     return any(before.stride[axis] != after.stride[axis] for axis in axes)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor whose axes follow each other in memory."""
+    return tuple(math.prod(size or 1 for size in shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -267,6 +267,8 @@ def _squeeze_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 
 
 def _with_ones(shape: tuple[int, ...], labels: Tensor, labelled: tuple[int, ...]) -> list[int]:
+    if 0 in shape:
+        raise NotTransparent("was seen without any elements")
     sizes = [size for size, full in zip(labels.shape, labelled, strict=True) if full > 1]
     return [1 if full == 1 else sizes.pop(0) for full in shape]
 

@@ -50,6 +50,7 @@ class Take(NamedTuple):
     """What a layer was given and made of it in one call; None where there was no room to keep it."""
 
     layer: str
+    stride: tuple[int, ...]  # of the input, on which that of the output may depend
     input: Tensor | None
     output: Tensor | None
 
@@ -74,11 +75,11 @@ class Tape:
             return layer
 
         def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            place, kept = len(self._takes), self._kept(input)
+            place, take = len(self._takes), Take(name, input.stride(), self._kept(input), None)
             # The call may fail, and the model catch that.
-            self._takes.append(Take(name, kept, None))
+            self._takes.append(take)
             output = layer(input, *args, **kwargs)
-            self._takes[place] = Take(name, kept, self._kept(output))
+            self._takes[place] = take._replace(output=self._kept(output))
             return output
 
         return run
@@ -89,10 +90,12 @@ class Tape:
             return layer
 
         def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            take = self._takes[self._played] if self._played < len(self._takes) else Take("", None, None)
+            take = self._takes[self._played] if self._played < len(self._takes) else Take("", (), None, None)
             self._played += 1
             self.agrees &= take.layer == name and (take.input is None or _is_near(take.input, input))
-            return layer(input, *args, **kwargs) if computes or take.output is None else take.output
+            if computes or take.output is None or take.stride != input.stride():
+                return layer(input, *args, **kwargs)
+            return take.output
 
         return run
 

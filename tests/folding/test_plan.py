@@ -663,13 +663,13 @@ def test_slice_of_a_layer_that_is_reshaped_behind_its_batchnorm_is_folded(judge:
     judge(model, torch.randn(2, 3, 5, dtype=torch.float64), folds={"bn": ["qkv"]}, others=others)
 
 
-def test_slice_of_a_layer_that_is_viewed_behind_its_batchnorm_is_kept(judge: Judge, net: Any) -> None:
+def test_slice_of_a_layer_that_is_viewed_behind_its_batchnorm_is_folded(judge: Judge, net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         q, k = m.qkv(x).split([4, 2], 1)
         return torch.cat([m.bn(q).view(len(x), -1), k.flatten(1)], 1)
 
     model = net(forward, qkv=nn.Conv1d(3, 6, 1), bn=nn.BatchNorm1d(4))
-    judge(model, torch.randn(2, 3, 5, dtype=torch.float64), kept={"bn": "layout"})
+    judge(model, torch.randn(2, 3, 5, dtype=torch.float64), folds={"bn": ["qkv"]})
 
 
 @pytest.mark.parametrize(

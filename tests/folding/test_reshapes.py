@@ -2,29 +2,101 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_bnfold.folding import FoldingPlan, plan_folding
+from lit_bnfold.folding import FoldingError, FoldingPlan, plan_folding
+from lit_bnfold.folding.rewrite import Contiguous
 
 Judge = Callable[..., FoldingPlan]
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 SEQUENCE = torch.randn(5, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
-def test_layout_that_a_later_view_relies_on_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
-    for later in (lambda y: y.view(y.shape[0], -1), lambda y: y.as_strided((3,), (1,)), lambda y: y.view(torch.int64)):
-        model = net(lambda m, x, later=later: later(m.bn(m.fc(x).transpose(1, 2))))
-        judge(model, SEQUENCE, kept={"bn": "layout"})
+MATRIX = torch.randn(2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
-def test_layout_that_nobody_relies_on_does_not_keep_the_batchnorm(judge: Judge, net: Any) -> None:
-    judge(net(lambda m, x: m.bn(m.fc(x).transpose(1, 2)).relu()), SEQUENCE, folds={"bn": ["fc"]})
-    judge(net(lambda m, x: m.bn(m.fc(x)).view(-1)), X, folds={"bn": ["fc"]})
+@pytest.mark.parametrize(
+    "later",
+    [lambda y: y.view(y.shape[0], -1), lambda y: y.as_strided((3,), (1,)), lambda y: y.view(torch.int64),
+     lambda y: y.relu().view(y.shape[0], -1), lambda y: (y.tanh() + y.cos()).view(y.shape[0], -1), lambda y: y.ravel(),
+     lambda y: y.transpose(1, 2).contiguous().view(-1, 4), lambda y: F.elu(y).transpose(1, 2).contiguous(),
+     lambda y: torch.einsum("ij,bcj->bci", MATRIX, y), lambda y: y @ MATRIX, lambda y: F.linear(y, MATRIX),
+     lambda y: torch.tensordot(y, MATRIX, 1), lambda y: F.group_norm(y, 2), lambda y: y.relu_(), lambda y: y],
+)  # fmt: skip
+def test_layout_that_others_may_rely_on_is_that_of_the_batchnorm(later: Any, judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: later(m.bn(m.fc(x).transpose(1, 2))))
+    plan = judge(model, SEQUENCE, folds={"bn": ["fc"]})
+    assert plan.folds[0].contiguous
+    assert type(model.bn) is Contiguous
+
+
+def test_layout_that_stays_leaves_an_identity(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x)).view(-1))
+    assert not judge(model, X, folds={"bn": ["fc"]}).folds[0].contiguous
+    assert type(model.bn) is nn.Identity
+
+
+def test_sequence_of_one_step_shows_how_longer_ones_are_laid_out(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x).transpose(1, 2)).relu().view(len(x), -1))
+    judge(model, SEQUENCE[:, :1], folds={"bn": ["fc"]}, others=[(SEQUENCE,)])
+
+
+@pytest.mark.parametrize("width", [2, 1000])
+def test_layout_reaches_the_layers_behind_whatever_there_is_room_to_remember(
+    width: int, judge: Judge, net: Any
+) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        image = F.gelu(m.bn(m.fc(x).transpose(1, 2))).unflatten(2, (3, 3))
+        return m.head(m.conv(image).relu().view(len(x), -1))
+
+    model = net(forward, fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(4), conv=nn.Conv2d(4, 5, 2), head=nn.Linear(20, width))
+    judge(model, torch.randn(2, 9, 3, dtype=torch.float64), folds={"bn": ["fc"]})
+
+
+@pytest.mark.parametrize(("shape", "is_forward"), [((2, 12, 1), False), ((2, 12, 1), True), ((2, 4, 3, 1), True)])
+def test_single_channel_that_lay_last_is_laid_out_first(
+    shape: tuple[int, ...], is_forward: bool, judge: Judge, net: Any
+) -> None:
+    kind, norm = (nn.Conv1d, nn.BatchNorm1d) if len(shape) == 3 else (nn.Conv2d, nn.BatchNorm2d)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        images = x.movedim(-1, 1)
+        return (m.conv(m.bn(images)) if is_forward else m.bn(m.conv(images))).relu().view(len(x), -1)
+
+    model = net(forward, conv=kind(1, 8, 3, padding=1 - is_forward), bn=norm(1 if is_forward else 8))
+    judge(model, torch.randn(shape, dtype=torch.float64), folds={"bn": ["conv"]})
+
+
+class Sequence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bn = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.fc(x).transpose(1, 2)).relu().view(len(x), -1)
+
+
+def test_layout_survives_a_file(randomised: Any) -> None:
+    model = randomised(Sequence().double()).eval()
+    plan = plan_folding(model, (SEQUENCE,))
+    again = FoldingPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again == plan
+    folded = pickle.loads(pickle.dumps(again.apply(copy.deepcopy(model))))
+    torch.testing.assert_close(folded(SEQUENCE), model(SEQUENCE), rtol=0, atol=1e-12)
+    beside = plan.to_dict() | {"version": 1}
+    beside["folds"] = [beside["folds"][0] | {"direction": "parallel"}]
+    del beside["sha256"]
+    with pytest.raises(FoldingError, match="contiguous: expected False where the fold is parallel"):
+        FoldingPlan.from_dict(beside)
 
 
 def test_batch_of_one_does_not_hide_that_a_view_mixes_examples_and_channels(judge: Judge, net: Any) -> None:
@@ -40,6 +112,18 @@ def test_sequence_of_one_step_does_not_hide_that_a_view_mixes_steps_and_channels
 def test_batch_of_one_through_harmless_views_is_folded(judge: Judge, net: Any) -> None:
     model = net(lambda m, x: m.bn(m.fc(x).view(-1, 4).view(-1, 4, 1)))
     judge(model, X[:1], folds={"bn": ["fc"]})
+
+
+def test_squeeze_of_nothing_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        nothing = m.fc(x[:0]).unsqueeze(-1)
+        return m.other(m.bn(nothing).squeeze(-1)), m.last(m.head(x))
+
+    first, last = nn.Linear(3, 4), nn.Linear(3, 4)
+    norms = {"bn": nn.BatchNorm1d(4), "last": nn.BatchNorm1d(4)}
+    model = net(forward, fc=first, other=nn.Linear(4, 2), head=last, **norms)
+    plan = judge(model, X, folds={"last": ["head"]}, kept={"bn": "not-transparent"})
+    assert "`unsqueeze` in the model before it was seen without any elements" in plan.kept[0].reason
 
 
 def test_batch_without_examples_keeps_the_batchnorm(judge: Judge) -> None:

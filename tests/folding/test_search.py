@@ -220,18 +220,18 @@ def test_dead_channel_is_noted_in_words() -> None:
 # What a BatchNorm does besides.
 
 
-def test_layout_along_an_axis_of_size_1_that_a_later_view_relies_on_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+def test_layout_along_an_axis_of_size_1_that_a_later_view_relies_on_stays(judge: Judge, net: Any) -> None:
     model = net(lambda m, x: m.bn(m.fc(x)[::5]).view(-1, 2))
     # Of ten examples two are left, and the view would find them apart in memory.
-    judge(model, X, kept={"bn": "layout"}, others=[(torch.randn(10, 3, dtype=torch.float64),)])
+    judge(model, X, folds={"bn": ["fc"]}, others=[(torch.randn(10, 3, dtype=torch.float64),)])
     model = net(lambda m, x: m.bn(m.conv(x)[::2]).view(-1, 4), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
-    judge(model, IMAGES, kept={"bn": "layout"}, others=[(torch.randn(4, 3, 4, 4, dtype=torch.float64),)])
+    judge(model, IMAGES, folds={"bn": ["conv"]}, others=[(torch.randn(4, 3, 4, 4, dtype=torch.float64),)])
 
 
 def test_single_step_with_its_channels_last_is_laid_out_anew(judge: Judge, net: Any) -> None:
     model = net(lambda m, x: m.bn(m.fc(x).transpose(1, 2)).view(len(x), -1))
     others = [(torch.randn(5, 2, 3, dtype=torch.float64),)]
-    judge(model, torch.randn(5, 1, 3, dtype=torch.float64), kept={"bn": "layout"}, others=others)
+    judge(model, torch.randn(5, 1, 3, dtype=torch.float64), folds={"bn": ["fc"]}, others=others)
 
 
 class Wide(nn.Module):
