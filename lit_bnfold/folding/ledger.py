@@ -114,10 +114,14 @@ class Ledger:
                 self._living.pop(key, None)
 
     def _survivors(self) -> list[Value]:
-        """The values that the run has made and that are still alive, without those of which that is known."""
+        """The values that the run has made and that are still alive, without those of which that is known.
+
+        What was written over in place is gone, however long its memory lives.
+        """
+        latest = {(value.storage, value.shape, value.stride): value for value in self._graph.values}
         from_outside = {value.storage for value in self._graph.values if value.maker is None}
         alive = {number for ref, number in self._memory.values() if not ref.expired()} - from_outside
-        return [value for value in self._graph.values if value.fate is None and value.storage in alive]
+        return [value for value in latest.values() if value.fate is None and value.storage in alive]
 
 
 def _unfollowable(tensor: Tensor, address: int | None) -> str | None:

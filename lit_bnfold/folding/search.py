@@ -299,12 +299,22 @@ class _Search:
             if after.storage in self.graph.writers and any(map(self._is_forked, self.maps)):
                 writer = self.graph.where(self.graph.writers[after.storage][0])
                 raise _StaysError("written", f"its output is written in place by {writer}")
-            if _is_laid_out_anew(before, after):
-                if after.stride != _contiguous(after.shape):
-                    raise _StaysError("layout", "it lays its output out anew in memory, on which others may rely")
-                self._contiguous = True
+            is_laid_out_anew = _is_laid_out_anew(before, after)
+            if after.stride == _contiguous(after.shape):
+                self._contiguous |= is_laid_out_anew or self._has_odd_input()
+            elif is_laid_out_anew:
+                raise _StaysError("layout", "it lays its output out anew in memory, on which others may rely")
             if before.dtype != after.dtype:
                 raise _StaysError("layout", f"it turns {before.dtype} into {after.dtype}")
+
+    def _has_odd_input(self) -> bool:
+        """Whether a convolution reads what is not laid out axis after axis: its output may be so on other sizes."""
+        return any(
+            (value := self.graph.values[call.inputs[0]]).stride != _contiguous(value.shape)
+            for name in self.layers
+            for call in self.graph.calls_of[name]
+            if self.graph.layers[name].kernel
+        )
 
     def _is_forked(self, index: int) -> bool:
         """Whether others share the memory of a value met on the way, or autograd forbids writing into it."""

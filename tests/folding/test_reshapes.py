@@ -85,6 +85,20 @@ class Sequence(nn.Module):
         return self.bn(self.fc(x).transpose(1, 2)).relu().view(len(x), -1)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_convolution_of_a_transposed_sequence_is_followed_on_sequences_of_any_length(
+    steps: int, judge: Judge, net: Any
+) -> None:
+    # What it makes of a single step lies otherwise in memory than what it makes of several.
+    model = net(
+        lambda m, x: m.bn(m.conv(x.transpose(1, 2))).tanh().view(len(x), -1),
+        conv=nn.Conv1d(3, 4, 3, padding=2),
+        bn=nn.BatchNorm1d(4),
+    )
+    others = [(torch.randn(2, length, 3, dtype=torch.float64),) for length in (1, 2, 4)]
+    judge(model, torch.randn(3, steps, 3, dtype=torch.float64), folds={"bn": ["conv"]}, others=others)
+
+
 def test_layout_survives_a_file(randomised: Any) -> None:
     model = randomised(Sequence().double()).eval()
     plan = plan_folding(model, (SEQUENCE,))

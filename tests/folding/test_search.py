@@ -374,6 +374,29 @@ def test_batchnorm_beside_a_layer_is_kept_where_either_shows(function: Any, judg
     judge(model, IMAGES, kept={"id": "other-reader"})
 
 
+@pytest.mark.parametrize(
+    "function",
+    [lambda m, x: m.id(x).add_(m.conv(x)).relu_(), lambda m, x: m.conv(x).add_(m.id(x)).relu_(),
+     lambda m, x: m.id(x).add_(m.conv(x))],
+)  # fmt: skip
+def test_sum_whose_memory_is_that_of_what_is_returned_is_folded(function: Any, judge: Judge) -> None:
+    model = Beside(function)
+    del model.bn, model.other
+    judge(model, IMAGES, folds={"id": ["conv"]})
+
+
+def test_part_of_what_was_written_over_that_is_still_seen_keeps_the_batchnorm(judge: Judge) -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        y = m.id(x)
+        y[:, :, 1:].add_(m.conv(x)[:, :, 1:])
+        return y
+
+    model = Beside(function)
+    del model.bn, model.other
+    code, _ = kept(model.double().eval(), IMAGES)
+    assert code in ("kept-alive", "written")
+
+
 def test_input_of_both_that_is_written_between_them_keeps_the_batchnorm(judge: Judge) -> None:
     def function(m: Any, x: Tensor) -> Tensor:
         h = x.relu()
