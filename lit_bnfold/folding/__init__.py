@@ -124,9 +124,10 @@ def fold_batchnorm(
 
     Returns:
         The folded model, of the same class, with the training flags it had. What could not be folded is still there;
-        ``plan_folding`` tells why. Where a BatchNorm was there is an ``nn.Identity``; or a module that gives zeros, if
-        it was folded into a layer beside it; or, if its class does more than normalise, a subclass of that class which
-        leaves the normalisation out, and for which ``isinstance`` still says BatchNorm.
+        ``plan_folding`` tells why. Where a BatchNorm was there is an ``nn.Identity``, which lays its output out in
+        memory as the BatchNorm did; or a module that gives zeros, if it was folded into a layer beside it; or, if its
+        class does more than normalise, a subclass of that class which leaves the normalisation out, and for which
+        ``isinstance`` still says BatchNorm.
 
     Raises:
         FoldingError: If the model cannot be copied or does not run on the example.

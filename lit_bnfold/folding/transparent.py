@@ -337,6 +337,45 @@ def _pick_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
     return picked
 
 
+# Positions of axes without channels, picked by tensors of their numbers.
+
+
+def _axes_indexed(graph: ValueGraph, call: Call) -> tuple[list[int], int, int]:
+    """The axes of the input that indices pick from, and from where to where those lie that take their place."""
+    indices = _argument(call, 1, "indices")
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    values = [graph.values[indices[axis].value] for axis in axes]
+    if any(value.dtype in (torch.bool, torch.uint8) for value in values):
+        raise NotTransparent("picks by a mask")
+    are_neighbours = axes[-1] - axes[0] < len(axes)
+    first = axes[0] if are_neighbours else 0
+    return axes, first, first + max(len(value.shape) for value in values)
+
+
+def _index_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    axes, first, last = _axes_indexed(graph, call)
+    shape = list(_unless_mixed(labels, list(range(first, last)), "picks among").shape)
+    del shape[first:last]
+    for axis in axes:
+        shape.insert(axis, 1)
+    return labels.reshape(shape)
+
+
+def _index_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    axes, first, last = _axes_indexed(graph, call)
+    labels = _unless_mixed(labels, axes, "picks among")
+    shape = [size for axis, size in enumerate(labels.shape) if axis not in axes]
+    shape[first:first] = [1] * (last - first)
+    return labels.reshape(shape)
+
+
+def _gathered(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    before, after = _shapes(graph, call)
+    if any(size > 1 and before[axis] != after[axis] for axis, size in enumerate(labels.shape)):
+        raise NotTransparent("takes some of the channels alone")
+    return _unless_mixed(labels, [_axis_picked(graph, call)], "picks among")
+
+
 # Several inputs.
 
 
@@ -500,7 +539,7 @@ def _flipped(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     return labels.flip(_argument(call, 1, "dims"))
 
 
-# A repetition along axes of size 1.
+# A repetition along axes without channels.
 
 
 def _expand_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
@@ -512,10 +551,15 @@ def _expand_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 
 def _expand_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     before, after = _shapes(graph, call)
-    return labels.reshape([1] * (len(after) - len(before)) + list(labels.shape))
+    new = len(after) - len(before)
+    repeated = [axis for axis, size in enumerate(before) if after[new + axis] != size]
+    return _unless_mixed(labels, repeated, "repeats").reshape([1] * new + list(labels.shape))
 
 
+_EXPAND = _moving(_expand_up, _expand_down)
+_GATHER = _moving(_gathered, _gathered)
 _IDENTITY = _moving(_same, _same)
+_INDEX = _moving(_index_up, _index_down)
 _VIEW = _moving(_view_up, _view_down)
 _PERMUTE = _moving(_unpermute, lambda graph, call, labels: labels.permute(_permutation(graph, call)))
 _SQUEEZE = _moving(_squeeze_up, _squeeze_down)
@@ -561,7 +605,11 @@ RULES: dict[str, Rule] = {
     "aten.add.Tensor": _ADD,
     "aten.sub.Tensor": _ADD,
     "aten.mean.dim": _moving(_mean_up, _mean_down),
-    "aten.expand.default": _moving(_expand_up, _expand_down),
+    "aten.expand.default": _EXPAND,
+    "aten.repeat.default": _EXPAND,
+    "aten.index.Tensor": _INDEX,
+    "aten.index_select.default": _GATHER,
+    "aten.gather.default": _GATHER,
     "aten.flip.default": _moving(_flipped, _flipped),
     "aten.roll.default": _moving(partial(_rolled, sign=-1), partial(_rolled, sign=1)),
     "aten.pixel_shuffle.default": _moving(_shuffle_up, _shuffle_down),
@@ -709,5 +757,6 @@ _KEEPING_ORDER = (_IDENTITY, _VIEW, _SQUEEZE, _ADD, RULES["aten._to_copy.default
 _REORDERING = (
     _PERMUTE,
     _JOIN,
-    *(RULES[f"aten.{name}.default"] for name in ("expand", "flip", "roll", "pixel_shuffle")),
+    *(_EXPAND, _GATHER, _INDEX),
+    *(RULES[f"aten.{name}.default"] for name in ("flip", "roll", "pixel_shuffle")),
 )

@@ -652,6 +652,36 @@ def test_bare_batchnorm_is_kept(judge: Judge) -> None:
     judge(nn.BatchNorm1d(3), X, kept={"": "no-layer"})
 
 
+LENGTHS = torch.tensor([2, 1, 3, 3, 1, 2, 2])  # of the sequences of a batch
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [lambda h: h[torch.arange(len(h)), LENGTHS[: len(h)] - 1], lambda h: h[:, LENGTHS - 1].flatten(0, 1),
+     lambda h: h.gather(1, (LENGTHS[: len(h), None, None] - 1).expand(-1, -1, 4)).squeeze(1),
+     lambda h: h.index_select(1, LENGTHS - 1).mean(1), lambda h: h.repeat(1, 2, 1).flatten(0, 1),
+     lambda h: h.transpose(0, 2)[:, LENGTHS - 1, torch.arange(7) % len(h)].t()],
+)  # fmt: skip
+def test_positions_that_tensors_pick_between_layer_and_batchnorm_are_followed(
+    pick: Any, judge: Judge, net: Any
+) -> None:
+    sequences = torch.randn(5, 3, 3, dtype=torch.float64)
+    judge(net(lambda m, x: m.bn(pick(m.fc(x)))), sequences, folds={"bn": ["fc"]})
+    model = net(
+        lambda m, x: m.head(pick(m.bn(x.tanh().transpose(1, 2)).transpose(1, 2))),
+        bn=nn.BatchNorm1d(4),
+        head=nn.Linear(4, 2),
+    )
+    judge(model, torch.randn(5, 3, 4, dtype=torch.float64), folds={"bn": ["head"]})
+
+
+def test_channels_that_a_tensor_picks_keep_the_batchnorm(judge: Judge, net: Any) -> None:
+    # The numbers in it may be others next time.
+    order = torch.tensor([2, 0, 3, 1])
+    for pick in (lambda h: h[:, order], lambda h: h.index_select(1, order), lambda h: h.gather(1, order.expand_as(h))):
+        judge(net(lambda m, x, pick=pick: m.bn(pick(m.fc(x)))), X, kept={"bn": "not-transparent"})
+
+
 def test_slice_of_a_layer_that_is_reshaped_behind_its_batchnorm_is_folded(judge: Judge, net: Any) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         q, k, v = m.qkv(x).split([4, 2, 3], 1)
