@@ -437,7 +437,7 @@ class Recorder:
             with self.looking_away:
                 eps = None if kwargs else _eps_of(kind, module, args)
             if eps is None or not isinstance(output, Tensor):
-                facts = _add_obstacle(facts, "own-forward", "it does something else than a BatchNorm")
+                facts = _add_obstacle(facts, "own-forward", "in float64 it gives something else than a BatchNorm does")
             else:
                 facts = self._with_eps(module, facts, eps)
             self.graph.batchnorms[name] = facts
