@@ -257,7 +257,7 @@ class Kinds:
 
     def __post_init__(self) -> None:
         for name, given, kind in (("layers", self.layers, LayerKind), ("batchnorms", self.batchnorms, BatchNormKind)):
-            if not isinstance(given, tuple) or not all(isinstance(each, kind) for each in given):
+            if not isinstance(given, (tuple, list)) or not all(isinstance(each, kind) for each in given):
                 expected = f"a tuple such as ({kind.__name__}(YourClass, ...),)"
                 raise TypeError(f"{name}: expected {expected}, got {given!r}.")
 

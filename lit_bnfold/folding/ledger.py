@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lit_bnfold.folding.census import is_plain
 from lit_bnfold.folding.graph import Value, ValueGraph
-from lit_bnfold.folding.tensors import memory_of
+from lit_bnfold.folding.tensors import memory_of, stride_of
 
 
 class Ledger:
@@ -69,7 +69,7 @@ class Ledger:
         value = Value(
             index=len(self._graph.values),
             shape=() if tensor.is_nested else tuple(tensor.shape),
-            stride=tensor.stride() if tensor.layout is torch.strided and not tensor.is_nested else (),
+            stride=stride_of(tensor),
             dtype=tensor.dtype,
             storage=0,
             maker=maker,

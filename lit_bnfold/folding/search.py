@@ -301,7 +301,7 @@ class _Search:
                 raise _StaysError("written", f"its output is written in place by {writer}")
             is_laid_out_anew = _is_laid_out_anew(before, after)
             if after.stride == _contiguous(after.shape):
-                self._contiguous |= is_laid_out_anew or self._has_odd_input()
+                self._contiguous |= is_laid_out_anew or (self.direction == "backward" and self._has_odd_input())
             elif is_laid_out_anew:
                 raise _StaysError("layout", "it lays its output out anew in memory, on which others may rely")
             if before.dtype != after.dtype:

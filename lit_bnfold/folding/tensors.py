@@ -61,6 +61,15 @@ def _branches(tree: Any) -> Sequence[Any]:
     return list(getattr(tree, "__dict__", {}).values())
 
 
+def stride_of(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of a tensor, in elements; none for one that has none, such as a sparse one.
+
+    Args:
+        tensor: The tensor, of any shape.
+    """
+    return tensor.stride() if tensor.layout is torch.strided and not tensor.is_nested else ()
+
+
 def address_of(tensor: Tensor) -> int | None:
     """Where a tensor's storage lies in memory; 0 for an empty one, None where torch does not tell.
 

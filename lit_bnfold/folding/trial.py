@@ -31,7 +31,7 @@ from lit_bnfold.folding.moved import Function, moves
 from lit_bnfold.folding.plan import Fold, FoldingPlan
 from lit_bnfold.folding.record import Recorder
 from lit_bnfold.folding.rewrite import erase, make_ordinary
-from lit_bnfold.folding.tensors import address_of, tensors_in
+from lit_bnfold.folding.tensors import address_of, stride_of, tensors_in
 
 # A copy of so many numbers in float64 takes 1 GiB.
 _MOST_NUMBERS = 2**27
@@ -75,7 +75,7 @@ class Tape:
             return layer
 
         def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            place, take = len(self._takes), Take(name, input.stride(), self._kept(input), None)
+            place, take = len(self._takes), Take(name, stride_of(input), self._kept(input), None)
             # The call may fail, and the model catch that.
             self._takes.append(take)
             output = layer(input, *args, **kwargs)
@@ -93,7 +93,7 @@ class Tape:
             take = self._takes[self._played] if self._played < len(self._takes) else Take("", (), None, None)
             self._played += 1
             self.agrees &= take.layer == name and (take.input is None or _is_near(take.input, input))
-            if computes or take.output is None or take.stride != input.stride():
+            if computes or take.output is None or take.stride != stride_of(input):
                 return layer(input, *args, **kwargs)
             return take.output
 
