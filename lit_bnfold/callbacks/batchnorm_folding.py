@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,7 +120,7 @@ class BatchNormFolding(Callback):
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {value!r}.")
-        if isinstance(tolerance, bool) or not isinstance(tolerance, (float, int, type(None))):
+        if isinstance(tolerance, bool) or not isinstance(tolerance, (Real, type(None))):
             raise TypeError(f"tolerance: expected a number or None, got {tolerance!r}.")
         if tolerance is not None and not 0 < tolerance < math.inf:
             raise ValueError(f"tolerance: expected a finite number above 0 or None, got {tolerance!r}.")

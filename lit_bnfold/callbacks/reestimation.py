@@ -32,7 +32,7 @@ _DROPOUTS = {
     *(torch.dropout, torch.feature_dropout, torch.alpha_dropout, torch.feature_alpha_dropout),
 }
 
-# Where these take the probability of their own dropout, if it is not given by the name `dropout_p`.
+# Where these take the probability of their own dropout, if it is not given by name.
 _ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
 
 
@@ -212,9 +212,9 @@ class _Observer(TorchFunctionMode):
             return argument(args, kwargs, 0, "input")
         if func is F.batch_norm:
             self._see(*args, **kwargs)
-        return func(
-            *_without_dropout(func, args), **{key: 0.0 if key == "dropout_p" else kwargs[key] for key in kwargs}
-        )
+        if func in _ATTENTION or func in RECURRENT:
+            args, kwargs = _without_dropout(func, args, kwargs)
+        return func(*args, **kwargs)
 
     def _see(
         self,
@@ -232,13 +232,15 @@ class _Observer(TorchFunctionMode):
             self._observed[name] += Moments.of(input)
 
 
-def _without_dropout(function: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The positional arguments of a call of attention or of a recurrent layer, with a dropout of 0."""
-    place = _ATTENTION.get(function, len(args))
-    if function in RECURRENT:
-        # It comes behind the list of weights, a flag for biases and the number of layers.
-        place = next(index for index, each in enumerate(args) if isinstance(each, list)) + 3
-    return args if place >= len(args) else (*args[:place], 0.0, *args[place + 1 :])
+def _without_dropout(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call of attention or of a recurrent layer, with a dropout of 0."""
+    # In a recurrent layer it comes behind the first flag, which is that of the biases, and the number of layers.
+    flags = (index for index, each in enumerate(args) if isinstance(each, bool))
+    place = _ATTENTION[function] if function in _ATTENTION else next(flags, len(args)) + 2
+    kwargs = {key: 0.0 if key in ("dropout_p", "dropout") else value for key, value in kwargs.items()}
+    return args if place >= len(args) else (*args[:place], 0.0, *args[place + 1 :]), kwargs
 
 
 @contextmanager

@@ -266,19 +266,26 @@ def round_like(exact: Tensor, like: Tensor) -> Tensor:
     Returns:
         A new tensor of the shape of ``exact``.
     """
-    rounded = torch.empty_like(like) if exact.shape == like.shape else like.new_empty(exact.shape)
+    rounded = _empty_like(like) if exact.shape == like.shape else like.new_empty(exact.shape)
     return _flush(rounded.copy_(exact))
 
 
 def _times(weight: Tensor, factors: Tensor) -> Tensor:
     """A weight (A, ...) times float64 factors (A, ...), some rows at a time, so that the wide numbers stay in cache."""
-    product = torch.empty_like(weight, requires_grad=False)
+    product = _empty_like(weight)
     rows = max(1, _BLOCK * len(weight) // max(1, weight.numel()))
     for start in range(0, len(weight), rows):
         block = slice(start, start + rows)
         exact = weight[block].to(torch.float64, copy=True).mul_(factors[block])
         _flush(product[block].copy_(exact))
     return product
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    """What ``torch.empty_like`` gives, with the strides of axes of size 1, by which torch tells the memory format."""
+    empty = torch.empty_like(tensor, requires_grad=False)
+    strides = zip(tensor.shape, tensor.stride(), empty.stride(), strict=True)
+    return empty.as_strided(tensor.shape, [old if size == 1 else new for size, old, new in strides])
 
 
 def _flush(rounded: Tensor) -> Tensor:

@@ -17,6 +17,9 @@ Obstacle = tuple[str, str]
 """Why a BatchNorm has to stay: a stable code for programs, and a sentence for people."""
 
 
+_STRIDE_READERS = {"aten.view.default", "aten.view.dtype", "aten.as_strided.default", "aten._reshape_alias.default"}
+
+
 class FoldingError(Exception):
     """A model cannot be folded, or a plan does not fit it.
 
@@ -241,6 +244,11 @@ class ValueGraph:
         for value in self.values:
             storages[value.storage].append(value)
         return storages
+
+    def is_reinterpreted(self, value: Value) -> bool:
+        """Whether somebody looks at the memory of a value in a way that depends on its strides."""
+        aliases = self._storages[value.storage]
+        return any(call.name in _STRIDE_READERS for alias in aliases for call in self.users(alias))
 
     def origins(self, values: Iterable[int]) -> tuple[set[int], set[int]]:
         """Everything that went into some values.

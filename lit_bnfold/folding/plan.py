@@ -309,8 +309,6 @@ def _fold_from_dict(given: Any, place: str) -> Fold:
         raise _not_a_plan(f"{place}.parts", f"layers beside {fold['batchnorm']!r}, each once", names)
     if fold["written"] and fold["direction"] != "parallel":
         raise _not_a_plan(f"{place}.written", "False where the fold is not parallel", True)
-    if fold["contiguous"] and fold["direction"] == "parallel":
-        raise _not_a_plan(f"{place}.contiguous", "False where the fold is parallel", True)
     eps = None if fold["eps"] is None else _finite(fold["eps"], f"{place}.eps")
     if eps is not None and eps < 0.0:
         raise _not_a_plan(f"{place}.eps", "a number from 0 on", eps)

@@ -292,7 +292,8 @@ def folded_numbers(
         weight, bias = fold_into_inputs(weight, layer.bias, scale, shift, groups=groups)
     else:
         weight, bias = add_identity(weight, layer.bias, part.shift * scale, shift)
-    return {"weight": weight.view(layer.weight.shape), "bias": bias}
+    # A `view` of the same shape would not keep the strides.
+    return {"weight": weight.squeeze(1) if kind is NORMALISING else weight, "bias": bias}
 
 
 def _by_channel(part: Part, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,6 +352,14 @@ class Contiguous(nn.Identity):
         return input.contiguous().view(input.shape)
 
 
+class ContiguousZero(Zero):
+    """What is left of one that was folded into a layer beside it and lays its output out anew in memory."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Zeros for an input of any shape, with their axes one after the other in memory; they can be written."""
+        return input.new_zeros(input.shape)
+
+
 # Weakly, for classes may be made while the process runs, and go again.
 _rests: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
@@ -394,7 +403,7 @@ def erase(batchnorm: nn.Module, fold: Fold, kinds: Kinds = KINDS) -> Undo:
     parameters, buffers = batchnorm._parameters, batchnorm._buffers
     left: type[nn.Module] = Contiguous if fold.contiguous else nn.Identity
     if fold.direction == "parallel":
-        left = WritableZero if fold.written else Zero
+        left = ContiguousZero if fold.contiguous else WritableZero if fold.written else Zero
     if kinds.only_normalises(batchnorm):
         _become(batchnorm, left, {}, {})
     else:

@@ -18,7 +18,7 @@ import torch
 
 from lit_bnfold.folding.graph import Call, Layer, Obstacle, Ref, Value, ValueGraph
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
-from lit_bnfold.folding.transparent import RULES, Channels, NotTransparent, adds_nothing, ambiguous_reshape
+from lit_bnfold.folding.transparent import RULES, VIEWS, Channels, NotTransparent, adds_nothing, ambiguous_reshape
 
 # Three digits.
 _MOST_GAIN = 1e3
@@ -301,20 +301,25 @@ class _Search:
                 raise _StaysError("written", f"its output is written in place by {writer}")
             is_laid_out_anew = _is_laid_out_anew(before, after)
             if after.stride == _contiguous(after.shape):
-                self._contiguous |= is_laid_out_anew or (self.direction == "backward" and self._has_odd_input())
-            elif is_laid_out_anew:
-                raise _StaysError("layout", "it lays its output out anew in memory, on which others may rely")
+                self._contiguous |= is_laid_out_anew or self._may_be_odd(before)
+            elif is_laid_out_anew and self.graph.is_reinterpreted(after):
+                raise _StaysError("layout", "it lays its output out anew in memory, and a later `view` relies on that")
             if before.dtype != after.dtype:
                 raise _StaysError("layout", f"it turns {before.dtype} into {after.dtype}")
 
-    def _has_odd_input(self) -> bool:
-        """Whether a convolution reads what is not laid out axis after axis: its output may be so on other sizes."""
-        return any(
-            (value := self.graph.values[call.inputs[0]]).stride != _contiguous(value.shape)
-            for name in self.layers
-            for call in self.graph.calls_of[name]
-            if self.graph.layers[name].kernel
-        )
+    def _may_be_odd(self, value: Value) -> bool:
+        """Whether on other sizes a value may lie in memory otherwise than axis after axis, as it does on these."""
+        maker = self.graph.maker(value)
+        while maker is not None and (maker.name in VIEWS or maker.kind == "layer"):
+            source = self.graph.values[maker.inputs[0]]
+            is_odd = source.stride != _contiguous(source.shape)
+            if maker.kind == "layer":
+                # What a convolution makes of a sequence is laid out like that. Images stay in one of two layouts.
+                return is_odd and len(source.shape) == 3 and bool(self.graph.layers[maker.owner or ""].kernel)
+            if is_odd or VIEWS[maker.name] == "some":
+                return True
+            maker = self.graph.maker(source)
+        return False
 
     def _is_forked(self, index: int) -> bool:
         """Whether others share the memory of a value met on the way, or autograd forbids writing into it."""

@@ -621,6 +621,14 @@ RULES: dict[str, Rule] = {
 """The table: the name of each transparent operation, with its rule."""
 
 
+VIEWS = {
+    **dict.fromkeys([name for name, rule in RULES.items() if rule in (_VIEW, _SQUEEZE, _PERMUTE)], "all"),
+    **dict.fromkeys([name for name, rule in RULES.items() if rule is _PICK], "some"),
+    "aten.expand.default": "some",
+}
+"""The operations whose output may be the memory of their input, all of it, or some of it or some of it repeatedly."""
+
+
 def ambiguous_reshape(
     graph: ValueGraph, calls: Sequence[Call], maps: Mapping[int, Channels]
 ) -> tuple[Call, str] | None:

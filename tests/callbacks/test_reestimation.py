@@ -129,7 +129,9 @@ class Attending(Tiny):
         rows = inputs[:, None] * torch.arange(1, 4)[:, None]  # (B, 4) -> (B, 3, 4)
         rows = rows + self.attention(rows, rows, rows)[0] + self.attention(rows, rows, rows, need_weights=False)[0]
         rows = rows + F.scaled_dot_product_attention(rows, rows, rows, dropout_p=0.5 * self.is_dropping)
-        packed = nn.utils.rnn.pack_padded_sequence(self.lstm(rows)[0], [3] * len(rows), batch_first=True)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.lstm(rows, [rows.new_zeros(2, len(rows), 4)] * 2)[0], [3] * len(rows), batch_first=True
+        )
         rows = rows + nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True)[0]
         return self.net(torch.dropout(rows.mean(1), p=0.5, train=self.is_dropping))
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_bnfold.folding import FoldingError, FoldingPlan, plan_folding
+from lit_bnfold.folding import FoldingPlan, plan_folding
 from lit_bnfold.folding.rewrite import Contiguous
 
 Judge = Callable[..., FoldingPlan]
@@ -106,11 +106,56 @@ def test_layout_survives_a_file(randomised: Any) -> None:
     assert again == plan
     folded = pickle.loads(pickle.dumps(again.apply(copy.deepcopy(model))))
     torch.testing.assert_close(folded(SEQUENCE), model(SEQUENCE), rtol=0, atol=1e-12)
-    beside = plan.to_dict() | {"version": 1}
-    beside["folds"] = [beside["folds"][0] | {"direction": "parallel"}]
-    del beside["sha256"]
-    with pytest.raises(FoldingError, match="contiguous: expected False where the fold is parallel"):
-        FoldingPlan.from_dict(beside)
+
+
+BESIDE = {"c": nn.Conv1d(3, 3, 1), "bn": nn.BatchNorm1d(3)}
+
+
+@pytest.mark.parametrize(
+    "add",
+    [lambda m, t: (m.bn(t) + m.c(t)).relu(), lambda m, t: m.bn(t).add_(m.c(t)).relu_(),
+     lambda m, t: m.c(t).add_(m.bn(t)).relu_(), lambda m, t: m.c(t) + m.bn(t)],
+)  # fmt: skip
+def test_layout_beside_a_layer_survives_a_file_too(add: Any, judge: Judge, net: Any) -> None:
+    modules = {name: copy.deepcopy(module) for name, module in BESIDE.items()}
+    model = net(lambda m, x: add(m, x.transpose(1, 2)).view(len(x), -1), **modules)
+    plan = judge(model, torch.randn(2, 5, 3, dtype=torch.float64), folds={"bn": ["c"]})
+    assert FoldingPlan.from_dict(plan.to_dict()) == plan
+
+
+def test_images_that_may_lie_in_two_ways_do_so_behind_a_fold(judge: Judge, net: Any) -> None:
+    modules = {"conv": nn.Conv2d(3, 5, 4), "bn": nn.BatchNorm2d(5)}
+    model = net(lambda m, x: m.bn(m.conv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1).reshape(-1, 5), **modules)
+    judge(model, torch.randn(2, 4, 4, 3).double(), folds={"bn": ["conv"]}, others=[(torch.randn(2, 8, 8, 3).double(),)])
+    modules = {"conv": nn.Conv2d(3, 4, 1), "bn": nn.BatchNorm2d(2)}
+    model = net(lambda m, x: m.bn(m.conv(x).chunk(2, 1)[0]).relu(), **modules)
+    image = torch.randn(2, 3, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+    judge(model, image, folds={"bn": ["conv"]}, others=[(2 * image[:1],)])
+
+
+@pytest.mark.parametrize(
+    ("forward", "shape", "other"),
+    [
+        (lambda m, x: m.bn(m.fc(x).transpose(0, 1).reshape(-1, 4)).view(x.shape[1], -1), (2, 5, 3), (1, 5, 3)),
+        (lambda m, x: m.bn(m.fc(x).transpose(0, 1).flatten(0, 1)).view(x.shape[1], -1), (2, 5, 3), (1, 5, 3)),
+        (lambda m, x: m.bn(m.fc(x)[:16]).relu_().view(-1), (16, 3), (20, 3)),
+        (lambda m, x: m.bn(m.fc(x).view(-1, 4, 1).expand(-1, -1, len(x) // 5)).relu_(), (5, 3), (10, 3)),
+    ],
+)
+def test_layout_that_depends_on_sizes_is_that_of_the_batchnorm(
+    forward: Any, shape: tuple[int, ...], other: tuple[int, ...], judge: Judge, net: Any
+) -> None:
+    others = [(torch.randn(other, dtype=torch.float64),)]
+    judge(net(forward), torch.randn(shape, dtype=torch.float64), folds={"bn": ["fc"]}, others=others)
+
+
+def test_strides_by_which_torch_knows_that_channels_come_last_are_kept(judge: Judge, net: Any) -> None:
+    modules = {"conv": nn.Conv2d(4, 4, 3, padding=1, groups=4), "bn": nn.BatchNorm2d(4)}
+    model = net(lambda m, x: m.bn(m.conv(x)).permute(0, 2, 3, 1).view(-1, 4), **modules)
+    model = model.to(memory_format=torch.channels_last)
+    plan = judge(model, torch.randn(2, 4, 6, 6, dtype=torch.float64), folds={"bn": ["conv"]})
+    assert not plan.folds[0].contiguous
+    assert model.conv.weight.stride() == (9, 1, 3, 1)
 
 
 def test_batch_of_one_does_not_hide_that_a_view_mixes_examples_and_channels(judge: Judge, net: Any) -> None:

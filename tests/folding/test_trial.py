@@ -266,13 +266,6 @@ def test_part_of_numpy_that_draws_is_loaded_by_models_that_draw_from_it_alone() 
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
-def test_layer_that_reads_a_sparse_tensor_is_folded(net: Any, randomised: Any) -> None:
-    model = randomised(net(lambda m, x: m.bn(m.fc(x)))).double().eval()
-    x = X.relu().to_sparse()
-    torch.testing.assert_close(fold_batchnorm(model, (x,))(x), model(x), rtol=0, atol=1e-12)
-    assert plan_folding(model, (x,)).folds
-
-
 def test_buffer_that_counts_inside_a_normalisation_of_a_project_is_put_back() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
