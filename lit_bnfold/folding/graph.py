@@ -26,10 +26,10 @@ class FoldingError(Exception):
     Example:
         >>> import torch
         >>> from lit_bnfold.folding import Fold, FoldingPlan, Part
-        >>> FoldingPlan((Fold("bn", (Part("fc"),)),)).apply(torch.nn.Linear(3, 5))
+        >>> FoldingPlan((Fold("bn", (Part("fc"),)),)).apply(torch.nn.Linear(3, 5))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        lit_bnfold.folding.graph.FoldingError: The plan folds the BatchNorm `bn`; the model has nothing of that name.
+        lit_bnfold.folding.graph.FoldingError: The plan folds the BatchNorm `bn`; the model has nothing of that name...
     """
 
 
