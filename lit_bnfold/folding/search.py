@@ -703,12 +703,17 @@ def _is_laid_out_anew(before: Value, after: Value) -> bool:
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a tensor whose axes follow each other in memory."""
-    return tuple(math.prod(size or 1 for size in shape[axis + 1 :]) for axis in range(len(shape)))
+    return _strides(shape, range(len(shape) - 1, -1, -1))
 
 
 def _channels_last(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of images (N, C, ...) whose channels come last in memory."""
+    return _strides(shape, (1, *range(len(shape) - 1, 1, -1), 0))
+
+
+def _strides(shape: tuple[int, ...], axes: Iterable[int]) -> tuple[int, ...]:
+    """The strides of a tensor whose axes lie in memory in a certain order, from the innermost one."""
     strides, step = [0] * len(shape), 1
-    for axis in (1, *range(len(shape) - 1, 1, -1), 0):
-        strides[axis], step = step, step * shape[axis]
+    for axis in axes:
+        strides[axis], step = step, step * max(1, shape[axis])
     return tuple(strides)
