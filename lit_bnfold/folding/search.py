@@ -309,16 +309,26 @@ class _Search:
 
     def _may_be_odd(self, value: Value) -> bool:
         """Whether on other sizes a value may lie in memory otherwise than axis after axis, as it does on these."""
-        maker = self.graph.maker(value)
-        while maker is not None and (maker.name in VIEWS or maker.kind == "layer"):
-            source = self.graph.values[maker.inputs[0]]
-            is_odd = source.stride != _contiguous(source.shape)
+        pending, seen = [value], set[int]()
+        while pending:
+            maker = self.graph.maker(pending.pop())
+            if maker is None or maker.index in seen or not (maker.kind == "layer" or maker.name in RULES):
+                continue
+            seen.add(maker.index)
+            # A view is followed up to what it shows, all else between the BatchNorm and its layers alone.
+            is_view = maker.kind == "layer" or maker.name in VIEWS
+            inputs = maker.inputs[:1] if is_view else [index for index in maker.inputs if index in self.maps]
+            sources = [self.graph.values[index] for index in inputs]
+            is_odd = any(source.stride != _contiguous(source.shape) for source in sources)
+            # What is made of a sequence may be laid out like that. Images stay in one of two layouts.
+            is_sequence = any(len(source.shape) == 3 for source in sources)
             if maker.kind == "layer":
-                # What a convolution makes of a sequence is laid out like that. Images stay in one of two layouts.
-                return is_odd and len(source.shape) == 3 and bool(self.graph.layers[maker.owner or ""].kernel)
-            if is_odd or VIEWS[maker.name] == "some":
+                if is_odd and is_sequence and self.graph.layers[maker.owner or ""].kernel:
+                    return True
+            elif (is_odd and (is_view or is_sequence)) or VIEWS.get(maker.name) == "some":
                 return True
-            maker = self.graph.maker(source)
+            else:
+                pending += sources
         return False
 
     def _is_forked(self, index: int) -> bool:

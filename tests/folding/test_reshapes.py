@@ -50,6 +50,12 @@ def test_sequence_of_one_step_shows_how_longer_ones_are_laid_out(judge: Judge, n
     judge(model, SEQUENCE[:, :1], folds={"bn": ["fc"]}, others=[(SEQUENCE,)])
 
 
+def test_sum_of_sequences_of_one_step_shows_how_longer_ones_are_laid_out(judge: Judge, net: Any) -> None:
+    layers = {"fc": nn.Linear(3, 4), "other": nn.Linear(3, 4), "bn": nn.BatchNorm1d(4)}
+    model = net(lambda m, x: m.bn(m.fc(x).mT + m.other(x).mT).relu().view(len(x), -1), **layers)
+    judge(model, SEQUENCE[:, :1], folds={"bn": ["fc", "other"]}, others=[(SEQUENCE,)])
+
+
 @pytest.mark.parametrize("width", [2, 1000])
 def test_layout_reaches_the_layers_behind_whatever_there_is_room_to_remember(
     width: int, judge: Judge, net: Any
