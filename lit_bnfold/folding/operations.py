@@ -85,6 +85,7 @@ _TORCHS = {"aten", "prim", "prims", "quantized", "profiler"}
 _FLATTENING = {torch.flatten, Tensor.flatten}
 _UNFLATTENING = {torch.unflatten, Tensor.unflatten}
 _RESHAPING = {torch.reshape, Tensor.reshape}
+_INTERLEAVING = {torch.repeat_interleave, Tensor.repeat_interleave}
 
 
 def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
@@ -180,6 +181,30 @@ def asked_of_reshape(
     if not all(type(number) is int for number in numbers):
         return None
     return {key: tuple(number % rank if rank else number for number in numbers)}
+
+
+def repeats_asked(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, int, int] | None:
+    """What a call of ``repeat_interleave`` repeats how often and along which axis.
+
+    Below, this is a copy and a view, which does not show that only one axis has become longer.
+
+    Args:
+        function: Any function.
+        args: Positional arguments of its call.
+        kwargs: Keyword arguments of its call.
+
+    Returns:
+        The tensor, the number, and the axis counted from the end; None for whatever else it is.
+    """
+    if function not in _INTERLEAVING:
+        return None
+    given = dict(zip(("input", "repeats", "dim"), args, strict=False)) | kwargs
+    tensor, repeats, dim = (given.get(name) for name in ("input", "repeats", "dim"))
+    if not isinstance(tensor, Tensor) or type(repeats) is not int or type(dim) is not int:
+        return None
+    return tensor, repeats, dim if dim < 0 else dim - tensor.dim()
 
 
 _MASKING: dict[Any, Literal["picks", "writes"]] = {

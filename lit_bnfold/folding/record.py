@@ -50,6 +50,7 @@ from lit_bnfold.folding.operations import (
     lets_numbers_out,
     name_of,
     numbers_read,
+    repeats_asked,
 )
 from lit_bnfold.folding.tensors import WITHOUT_TENSORS, address_of, holds_no_tensor, tensors_in
 
@@ -346,6 +347,9 @@ class Recorder:
         asked = asked_of_reshape(function, args, kwargs)
         if asked is not None:
             return self._run_reshape(function, asked, args, kwargs)
+        repeats = repeats_asked(function, args, kwargs)
+        if repeats is not None:
+            return self._run_whole("operation", "repeat_interleave", torch.repeat_interleave, repeats, {})
         if function is torch._pad_packed_sequence:
             # It makes a tensor of the lengths without any operation that reads the batch sizes.
             return self._run_whole("operation", "pad_packed_sequence", function, args, kwargs)

@@ -101,9 +101,8 @@ class Rule:
 
 def _compact(labels: Tensor) -> Tensor:
     """Shrink to size 1 every axis on which nothing depends, so that equal maps have equal labels."""
-    for axis in range(labels.dim()):
-        first = labels.narrow(axis, 0, 1)
-        if bool((labels == first).all()):
+    for axis, size in enumerate(labels.shape):
+        if size > 1 and bool((labels == (first := labels.narrow(axis, 0, 1))).all()):
             labels = first
     return labels
 
@@ -289,7 +288,8 @@ def _cast(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 
 def _axis_picked(graph: ValueGraph, call: Call) -> int:
     position = 2 if call.name.startswith("aten.split") else 1
-    axis: int = _argument(call, position, "dim", 0)
+    name = "dimension" if call.name == "aten.unfold.default" else "dim"
+    axis: int = _argument(call, position, name, 0)
     return axis % len(graph.values[call.inputs[0]].shape)
 
 
@@ -511,21 +511,77 @@ def _pooled(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     return _spatial(graph, call, labels)
 
 
+# Channels that come several times, or in another order.
+
+
+def _repeated(labels: Tensor, axis: int, times: int) -> Tensor:
+    """Each position of an axis several times in a row."""
+    return labels if labels.shape[axis] == 1 else labels.repeat_interleave(times, axis)
+
+
+def _once(labels: Tensor, axis: int, times: int) -> Tensor:
+    """Each position once of an axis, counted from the end, where each comes several times in a row."""
+    if labels.shape[axis] == 1:
+        return labels
+    labels = labels.unflatten(axis, (-1, times))
+    if bool((labels != labels.narrow(axis, 0, 1)).any()):
+        raise NotTransparent("spreads channels over places")
+    return labels.select(axis, 0)
+
+
 def _shuffle_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     factor = _argument(call, 1, "upscale_factor")
-    labels = _unless_mixed(labels, [labels.dim() - 2, labels.dim() - 1])
-    return labels.repeat_interleave(factor * factor, -3)
+    return _repeated(_unless_mixed(labels, [-2, -1], "spreads"), -3, factor * factor)
 
 
 def _shuffle_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     factor = _argument(call, 1, "upscale_factor")
-    labels = _unless_mixed(labels, [labels.dim() - 2, labels.dim() - 1])
-    if labels.shape[-3] == 1:
+    return _once(_unless_mixed(labels, [-2, -1], "spreads"), -3, factor * factor)
+
+
+def _unshuffle_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    factor = _argument(call, 1, "downscale_factor")
+    return _once(_unless_mixed(labels, [-2, -1], "spreads"), -3, factor * factor)
+
+
+def _unshuffle_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    factor = _argument(call, 1, "downscale_factor")
+    return _repeated(_unless_mixed(labels, [-2, -1], "spreads"), -3, factor * factor)
+
+
+def _pixels_of_window(call: Call) -> int:
+    if any(_argument(call, 3, "padding")):
+        raise NotTransparent("pads with zeros")
+    return math.prod(_argument(call, 1, "kernel_size"))
+
+
+def _columns_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    return _once(_unless_mixed(labels, [-1], "takes windows of"), -2, _pixels_of_window(call)).unsqueeze(-1)
+
+
+def _columns_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    return _repeated(_unless_mixed(labels, [-2, -1], "takes windows of").squeeze(-1), -2, _pixels_of_window(call))
+
+
+def _interleave_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    _, times, axis = call.args
+    return _once(labels, axis, times)
+
+
+def _interleave_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    _, times, axis = call.args
+    return _repeated(labels, axis, times)
+
+
+def _groups_swapped(graph: ValueGraph, call: Call, labels: Tensor, *, up: bool) -> Tensor:
+    groups = _argument(call, 1, "groups")
+    if labels.shape[1] == 1:
         return labels
-    labels = labels.unflatten(-3, (-1, factor * factor))
-    if bool((labels != labels.narrow(-3, 0, 1)).any()):
-        raise NotTransparent("spreads channels over places")
-    return labels.select(-3, 0)
+    return labels.unflatten(1, (-1, groups) if up else (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def _rotated(graph: ValueGraph, call: Call, labels: Tensor, sign: int) -> Tensor:
+    return labels.rot90(sign * _argument(call, 1, "k", 1), _argument(call, 2, "dims", (0, 1)))
 
 
 def _rolled(graph: ValueGraph, call: Call, labels: Tensor, sign: int) -> Tensor:
@@ -539,7 +595,15 @@ def _flipped(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     return labels.flip(_argument(call, 1, "dims"))
 
 
-# A repetition along axes without channels.
+# Windows, or a repetition, along axes without channels.
+
+
+def _windows_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    return _unless_mixed(labels, [_axis_picked(graph, call), -1], "takes windows of").squeeze(-1)
+
+
+def _windows_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    return _unless_mixed(labels, [_axis_picked(graph, call)], "takes windows of").unsqueeze(-1)
 
 
 def _expand_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
@@ -564,6 +628,7 @@ _VIEW = _moving(_view_up, _view_down)
 _PERMUTE = _moving(_unpermute, lambda graph, call, labels: labels.permute(_permutation(graph, call)))
 _SQUEEZE = _moving(_squeeze_up, _squeeze_down)
 _PICK = Rule(_pick_up, _pick_down)
+_WINDOWS = _moving(_windows_up, _windows_down)
 _JOIN = Rule(_join_up, _join_down)
 _ADD = Rule(_add_up, _add_down)
 
@@ -612,7 +677,13 @@ RULES: dict[str, Rule] = {
     "aten.gather.default": _GATHER,
     "aten.flip.default": _moving(_flipped, _flipped),
     "aten.roll.default": _moving(partial(_rolled, sign=-1), partial(_rolled, sign=1)),
+    "aten.rot90.default": _moving(partial(_rotated, sign=-1), partial(_rotated, sign=1)),
     "aten.pixel_shuffle.default": _moving(_shuffle_up, _shuffle_down),
+    "aten.pixel_unshuffle.default": _moving(_unshuffle_up, _unshuffle_down),
+    "aten.channel_shuffle.default": _moving(partial(_groups_swapped, up=True), partial(_groups_swapped, up=False)),
+    "aten.im2col.default": _moving(_columns_up, _columns_down),
+    "aten.unfold.default": _WINDOWS,
+    "repeat_interleave": _moving(_interleave_up, _interleave_down),
     "aten.avg_pool2d.default": _moving(_pooled, _pooled),
     "aten.avg_pool3d.default": _moving(_pooled, _pooled),
     "circular_pad": _moving(_circular, _circular),
@@ -625,6 +696,7 @@ VIEWS = {
     **dict.fromkeys([name for name, rule in RULES.items() if rule in (_VIEW, _SQUEEZE, _PERMUTE)], "all"),
     **dict.fromkeys([name for name, rule in RULES.items() if rule is _PICK], "some"),
     "aten.expand.default": "some",
+    "aten.unfold.default": "some",
 }
 """The operations whose output may be the memory of their input, all of it, or some of it or some of it repeatedly."""
 
@@ -765,6 +837,7 @@ _KEEPING_ORDER = (_IDENTITY, _VIEW, _SQUEEZE, _ADD, RULES["aten._to_copy.default
 _REORDERING = (
     _PERMUTE,
     _JOIN,
-    *(_EXPAND, _GATHER, _INDEX),
-    *(RULES[f"aten.{name}.default"] for name in ("flip", "roll", "pixel_shuffle")),
+    *(_EXPAND, _GATHER, _INDEX, _WINDOWS, RULES["repeat_interleave"]),
+    *(RULES[f"aten.{name}.default"] for name in ("flip", "roll", "rot90", "channel_shuffle", "im2col")),
+    *(RULES[f"aten.{name}.default"] for name in ("pixel_shuffle", "pixel_unshuffle")),
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
@@ -673,6 +674,55 @@ def test_positions_that_tensors_pick_between_layer_and_batchnorm_are_followed(
         head=nn.Linear(4, 2),
     )
     judge(model, torch.randn(5, 3, 4, dtype=torch.float64), folds={"bn": ["head"]})
+
+
+OTHER_IMAGES = [(torch.randn(n, 3, *size, dtype=torch.float64),) for n, size in ((1, (8, 10)), (4, (10, 8)))]
+
+
+@pytest.mark.parametrize(
+    "move",
+    [lambda h: F.channel_shuffle(h, 2), lambda h: h.rot90(1, (2, 3)), lambda h: h.unfold(2, 2, 2).mean(-1),
+     lambda h: h.repeat_interleave(2, 2), lambda h: h.repeat_interleave(repeats=2, dim=-1)],
+)  # fmt: skip
+def test_elements_that_move_between_layer_and_batchnorm_are_followed(move: Any, judge: Judge, net: Any) -> None:
+    images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    model = net(lambda m, x: m.bn(move(m.conv(x))), conv=nn.Conv2d(3, 4, 3), bn=nn.BatchNorm2d(4))
+    judge(model, images, folds={"bn": ["conv"]}, others=OTHER_IMAGES)
+    model = net(lambda m, x: m.conv(move(m.bn(m.other(x)))), conv=nn.Conv2d(4, 3, 1), bn=nn.BatchNorm2d(4),
+                other=nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))  # fmt: skip
+    judge(model, images, folds={"bn": ["conv"]}, others=OTHER_IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("spread", "head"),
+    [(lambda h: F.pixel_unshuffle(h, 2), nn.Conv2d(12, 4, 1)), (lambda h: F.unfold(h, 2), nn.Conv1d(12, 4, 1)),
+     (lambda h: F.unfold(h, 2, stride=2).transpose(1, 2), nn.Linear(12, 4)),
+     (lambda h: h.repeat_interleave(4, 1), nn.Conv2d(12, 4, 1))],
+)  # fmt: skip
+def test_layer_takes_a_batchnorm_whose_channels_come_several_times(
+    spread: Any, head: nn.Module, judge: Judge, net: Any
+) -> None:
+    images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    model = net(lambda m, x: m.head(spread(m.bn(x.tanh()))), head=head, bn=nn.BatchNorm2d(3))
+    judge(model, images, folds={"bn": ["head"]}, others=OTHER_IMAGES)
+
+
+def test_windows_with_padding_keep_the_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.fc(F.unfold(m.bn(x.tanh()), 3, padding=1).mean(-1)), fc=nn.Linear(27, 4),
+                bn=nn.BatchNorm2d(3))  # fmt: skip
+    judge(model, torch.randn(2, 3, 6, 6, dtype=torch.float64), kept={"bn": "no-layer"})
+
+
+@pytest.mark.parametrize(
+    "join",
+    [lambda h: torch.cat([h, h[:, :0]], 1), lambda h: torch.cat([h[:, 4:], h], 1),
+     lambda h: torch.cat(h.split([1, 0, 3], 1), 1), lambda h: torch.cat([h, h[:0]])],
+)  # fmt: skip
+def test_parts_without_elements_change_nothing(join: Any, judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(join(m.fc(x)))), X, folds={"bn": ["fc"]})
+    model = net(lambda m, x: m.head(join(m.bn(m.fc(x).tanh()))), fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(4),
+                head=nn.Linear(4, 2))  # fmt: skip
+    judge(model, X, folds={"bn": ["head"]})
 
 
 def test_channels_that_a_tensor_picks_keep_the_batchnorm(judge: Judge, net: Any) -> None:
