@@ -36,7 +36,7 @@ from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 from lit_bnfold.names.sampling import Sampling
-from lit_bnfold.parser import OneSentenceParser, arrange_help, read_config, use_threads
+from lit_bnfold.parser import OneSentenceParser, arrange_help, first_line, one_line, read_config, use_threads
 from lit_bnfold.reading import read_checkpoint
 from lit_bnfold.writing import WholeCheckpointIO, whole_file
 
@@ -192,7 +192,7 @@ class NamesCLI(LightningCLI):
             super().instantiate_classes()
         except (ArithmeticError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
             # Of a layer that no memory holds, torch tells a long story behind the first line.
-            _leave(str(error).split("\n")[0])
+            _leave(first_line(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with a progress bar that is drawn now and then."""
@@ -330,14 +330,15 @@ def _data_arguments(path: str, checkpoint: Mapping[str, Any]) -> list[str]:
         ]
     # A tensor, for one, is no argument, and its truth may be ambiguous.
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}, `datamodule_hyper_parameters`: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}, `datamodule_hyper_parameters`: {one_line(error)}") from error
 
 
 def _arguments_of_the_network(args: Sequence[str], configurations: Sequence[Mapping[str, Any]]) -> set[str]:
     """Names of those that are given, be it in a configuration."""
     sections = [config.get("model") for config in configurations]
     names = {name for section in sections if isinstance(section, dict) for name in section}
-    return names | {argument.partition("=")[0].removeprefix("--model.") for argument in args}
+    flags = (argument.partition("=")[0] for argument in args if argument.startswith("--model."))
+    return names | {flag.removeprefix("--model.") for flag in flags}
 
 
 def _tell_overridden(path: str, saved: Mapping[str, Any], explicit: Mapping[str, Any]) -> None:
@@ -349,11 +350,14 @@ def _tell_overridden(path: str, saved: Mapping[str, Any], explicit: Mapping[str,
 
 def _silence_noise() -> None:
     """Keep from the terminal what does not concern its reader: advertisements, and torch's word to Lightning."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     # The commands that only read a checkpoint go without the callbacks of the training that wrote it.
     warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks used to create")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless" not in record.getMessage()
 
 
 @contextmanager

@@ -28,7 +28,16 @@ from lit_bnfold.callbacks import BatchNormFolding
 from lit_bnfold.checkpoint import read_training
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
-from lit_bnfold.parser import ShortHelpFormatter, arrange_help, options_of, read_config, sentence, use_threads
+from lit_bnfold.parser import (
+    ShortHelpFormatter,
+    arrange_help,
+    first_line,
+    one_line,
+    options_of,
+    read_config,
+    sentence,
+    use_threads,
+)
 
 SUMMARY = "Fold the BatchNorms of a checkpoint, with the same proof and the same files as at the end of ``fit``."
 
@@ -325,7 +334,7 @@ def _find_class(key: str, place: str, path: str, base: str) -> type[Any]:
     try:
         found = getattr(importlib.import_module(module_name), name, None)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{place}: {path} cannot be imported from {Path.cwd()}: {_one_line(error)}.") from error
+        raise ValueError(f"{place}: {path} cannot be imported from {Path.cwd()}: {one_line(error)}.") from error
     if found is None:
         raise ValueError(f"{place}: the module {module_name} has no class {name}.")
     if (
@@ -414,10 +423,10 @@ def _build(part: _Part, given: Mapping[str, Any], made: Mapping[str, Any]) -> An
             return part.of_class(**arguments)
         return _build_as_configured(part, {**saved, **part.configured.dict_kwargs, **given}, own)
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(f"{part.path} cannot be made: {_one_line(error)}") from error
+        raise ValueError(f"{part.path} cannot be made: {one_line(error)}") from error
     except (ArithmeticError, MemoryError, RuntimeError) as error:
         # Of a layer that no memory holds, torch tells a long story behind the first line.
-        raise ValueError(f"{part.path} cannot be made: {_first_line(error)}") from error
+        raise ValueError(f"{part.path} cannot be made: {first_line(error)}") from error
 
 
 def _build_as_configured(part: _Part, arguments: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
@@ -434,11 +443,3 @@ def _build_as_configured(part: _Part, arguments: Mapping[str, Any], own: Mapping
         built = instantiate(part.of_class, config | class_path)
     built.hparams.update({name: config.get(name, value) for name, value in own.items()} | made_by)
     return built
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -141,7 +141,7 @@ def read_config(path: Path) -> dict[str, Any]:
         too_large = _size(config, {}) > _MOST_VALUES
     # Numbers and dates that are none are ValueErrors, as are bytes that are no text.
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"Expected YAML in {path}: {' '.join(str(error).split()).rstrip('.')}.") from error
+        raise ValueError(f"Expected YAML in {path}: {one_line(error)}.") from error
     except RecursionError as error:
         raise ValueError(f"Expected a configuration in {path}, which is two or three levels deep, got more.") from error
     if too_large:
@@ -211,6 +211,24 @@ def sentence(message: str, options: Iterable[str]) -> str:
     if wrong is not None:
         return f"{message.split(':')[0]}: expected {_in_words(wrong[1])}, got {wrong[2]}."
     return " ".join(message.split()).rstrip(".") + "."
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line and without its full stop, for the middle of a sentence.
+
+    Args:
+        error: The error.
+    """
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its class if it says nothing.
+
+    Args:
+        error: The error.
+    """
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _of_unknown(arguments: list[str], options: list[str]) -> str:

@@ -26,9 +26,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import lit_bnfold.callbacks.export as exporting
 from lit_bnfold import BatchNormFolding, BatchNormMLP, HistogramMonitor, NamesDataModule, UpdateRatioMonitor
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
-from lit_bnfold.cli import NamesCLI, main
+from lit_bnfold.cli import NamesCLI, _arguments_of_the_network, main
 from lit_bnfold.names.sampling import Sampling
-from lit_bnfold.parser import OneSentenceParser
+from lit_bnfold.parser import OneSentenceParser, first_line
 
 pytestmark = [
     # In these tests the arguments of the process are pytest's, and those of `main` are given.
@@ -690,6 +690,22 @@ def test_an_argument_that_a_checkpoint_overrides_is_named(value: str, is_left_ou
         warnings.simplefilter("always")
         main(["test", "--ckpt_path", str(last), "--model.lr", value, *QUIET, "--trainer.logger", "false"])
     assert (message in [str(warning.message) for warning in caught]) == is_left_out
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["predict", "--names.prefix", "gamma"], set()),
+        (["test", "--model.lr", "0.7", "--model.gamma=1"], {"lr", "gamma"}),
+    ],
+)
+def test_the_arguments_of_the_network_are_those_that_are_flagged(args: list[str], names: set[str]) -> None:
+    assert _arguments_of_the_network(args, []) == names
+
+
+def test_an_error_without_words_is_named() -> None:
+    assert first_line(MemoryError()) == "MemoryError"
+    assert first_line(RuntimeError("first\nsecond")) == "first"
 
 
 def test_a_checkpoint_of_other_words_is_refused(

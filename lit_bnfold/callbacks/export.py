@@ -157,18 +157,21 @@ def first_call(module: torch.nn.Module) -> Iterator[list[ExampleCall]]:
     """
     calls: list[ExampleCall] = []
 
+    def add(call: ExampleCall) -> None:
+        # Validation may run in inference mode, whose tensors cannot be exported.
+        with torch.inference_mode(False):
+            calls.append(call.map(lambda tensor: tensor.detach().to("cpu", copy=True)))
+
     def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not calls:
-            # Validation may run in inference mode, whose tensors cannot be exported.
-            with torch.inference_mode(False):
-                calls.append(ExampleCall(args, kwargs).map(lambda tensor: tensor.detach().to("cpu", copy=True)))
+            add(ExampleCall(args, kwargs))
 
     hook = module.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield calls
         example = getattr(module, "example_input_array", None)
         if not calls and example is not None:
-            calls.append(ExampleCall.of(example))
+            add(ExampleCall.of(example))
     finally:
         hook.remove()
 

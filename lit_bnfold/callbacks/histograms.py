@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import Metric
 
 from lit_bnfold.callbacks.monitor import StepMonitor, check_every_n_steps
+from lit_bnfold.callbacks.tensorboard import tensorboard_loggers
 
 # Beyond it the slope of tanh is below 0.06: hardly any gradient passes. The threshold is the notebook's.
 _SATURATED = 0.97
@@ -80,7 +81,7 @@ class HistogramMonitor(StepMonitor):
         Raises:
             ValueError: If no leaf module is of a class in ``modules``.
         """
-        if not any(True for _ in _tensorboards(trainer)):
+        if not tensorboard_loggers(trainer):
             rank_zero_warn("HistogramMonitor writes nothing: it needs a TensorBoardLogger, and this Trainer has none.")
         if self.modules and not any(True for _ in self._chosen_modules(pl_module)):
             raise ValueError(
@@ -96,7 +97,7 @@ class HistogramMonitor(StepMonitor):
                 self._take(f"gradients/{name}", parameter.grad)
 
     def _steps_left(self, trainer: Trainer, step: int) -> int:
-        if not any(True for _ in _tensorboards(trainer)):
+        if not tensorboard_loggers(trainer):
             return self.every_n_steps
         done = step + 1
         power = 1
@@ -131,12 +132,12 @@ class HistogramMonitor(StepMonitor):
             if not is_lazy(parameter):
                 self._take(f"weights/{name}", parameter)
         histograms = {tag: values[values.isfinite()] for tag, values in _on_cpu(self._histograms).items()}
-        for experiment in _tensorboards(trainer):
+        for logger in tensorboard_loggers(trainer):
             for tag, values in histograms.items():
                 if values.numel() > 0:
-                    experiment.add_histogram(tag, values.numpy(), step, bins=_BINS)
+                    logger.experiment.add_histogram(tag, values.numpy(), step, bins=_BINS)
             for tag, share in self._scalars.items():
-                experiment.add_scalar(tag, share.item(), step)
+                logger.experiment.add_scalar(tag, share.item(), step)
 
     def _end(self) -> None:
         for handle in self._handles:
@@ -147,13 +148,6 @@ class HistogramMonitor(StepMonitor):
         for name, module in _leaf_modules(pl_module):
             if self.modules is None or any(each.__name__ in self.modules for each in type(module).__mro__):
                 yield name, module
-
-
-def _tensorboards(trainer: Trainer) -> Iterator[Any]:
-    """Yield what can write histograms, whichever name Lightning was imported by."""
-    for logger in trainer.loggers:
-        if any(each.__name__ == "TensorBoardLogger" for each in type(logger).__mro__):
-            yield logger.experiment  # type: ignore[attr-defined]
 
 
 def _leaf_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

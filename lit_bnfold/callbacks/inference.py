@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_bnfold.callbacks.export import NO_CALL, ExampleCall, quietly, reason_of
+from lit_bnfold.callbacks.validation import same_random_numbers
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.folding.copying import copy_model, stand_in
 from lit_bnfold.folding.tensors import tensors_in
@@ -91,7 +91,7 @@ def runnable_copy(pl_module: LightningModule, trainer: Trainer | None = None) ->
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """In here copies of a module run without a word, a gradient, compiled code, or a trace in the random numbers."""
-    with isolate_rng(), quietly(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with same_random_numbers(0), quietly(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield
 
 
@@ -101,6 +101,8 @@ def _obstacle_to_running(trainer: Trainer, calls: Sequence[ExampleCall]) -> str 
         return "one of several processes does not run the module alone"
     if not calls:
         return NO_CALL
+    if not calls[0].has_one_batch_axis:
+        return "its arguments do not share one batch axis"
     return None
 
 
@@ -134,9 +136,9 @@ def measure_inference(
     inference["size"] = {"original": _size(original), "folded": _size(folded)}
     inference["setup"] = _setup(original.device)
     folded_copy, obstacle = runnable_copy(folded), _obstacle_to_running(trainer, calls)
-    if obstacle is None and not calls[0].has_one_batch_axis:
-        obstacle = "its arguments do not share one batch axis"
-    if folded_copy is not None and obstacle is None:
+    if folded_copy is None:
+        obstacle = "the folded module cannot be copied"
+    elif obstacle is None:
         with _undisturbed():
             try:
                 versions = _Versions(original, folded_copy)

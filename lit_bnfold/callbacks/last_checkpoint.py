@@ -46,7 +46,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save where this training starts."""
-        self._is_due = self._has_ended = False
+        self._saved_step, self._is_due, self._has_ended = -1, False, False
         self._save(trainer)
 
     def on_train_batch_end(

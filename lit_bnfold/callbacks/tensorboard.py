@@ -42,8 +42,13 @@ _MOST_ROWS = 100
 
 
 def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
-    """The loggers of TensorBoard on the process that writes; none on the others."""
-    return [each for each in trainer.loggers if isinstance(each, TensorBoardLogger)] if trainer.is_global_zero else []
+    """The loggers of TensorBoard, whichever name Lightning was imported by.
+
+    Args:
+        trainer: The Trainer that they belong to. Only its first rank writes: on the others there are none.
+    """
+    loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
+    return [each for each in loggers if any(base.__name__ == "TensorBoardLogger" for base in type(each).__mro__)]
 
 
 def show_in_tensorboard(
@@ -121,8 +126,10 @@ def _add_histograms(
     """Add the errors of all folds, and scale and shift of each BatchNorm that was folded."""
     errors = torch.tensor([fold["max_rel_error"] for fold in report["folds"]], dtype=torch.float64)
     _add_histogram(writer, f"{_NAME}/log10_layer_error", errors.clamp(min=_LEAST_ERROR).log10(), step)
-    modules = {} if original is None else dict(original.named_modules())
-    for fold in plan.folds if modules else ():
+    if original is None:
+        return
+    modules = dict(original.named_modules())
+    for fold in plan.folds:
         batchnorm = modules[fold.batchnorm]
         kind = KINDS.batchnorm(batchnorm)
         assert kind is not None

@@ -427,6 +427,16 @@ def test_the_first_call_is_noted_as_it_was() -> None:
     assert not module._forward_pre_hooks
 
 
+def test_an_example_is_noted_as_a_call_is() -> None:
+    module = nn.Linear(2, 1)
+    module.example_input_array = torch.ones(3, 2, requires_grad=True)
+    with first_call(module) as calls:
+        pass
+    (noted,) = calls[0].args
+    assert noted is not module.example_input_array
+    assert (noted.requires_grad, noted.tolist()) == (False, [[1.0, 1.0]] * 3)
+
+
 # Several processes ----------------------------------------------------------------------------------------------------
 
 

@@ -317,6 +317,7 @@ def test_a_trainer_of_the_other_import_name_accepts_it(weights: Any, tmp_path: P
     assert folding.report["mismatch"] is None
     assert (folding.report["best_score"] is not None) == (weights == "best")
     assert {key for key in trainer.callback_metrics if key.startswith("folding/")} >= {"folding/folded/val/loss"}
+    assert len([*tmp_path.rglob("folding/original/events*"), *tmp_path.rglob("folding/folded/events*")]) == 2
     (path,) = tmp_path.rglob("folded.ckpt")
     folded, inputs = load_folded(StandaloneTiny, path), torch.randn(7, 4)
     assert type(folded) is StandaloneTiny

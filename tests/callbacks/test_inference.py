@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +83,21 @@ def test_measuring_leaves_no_trace() -> None:
         assert (each.runs.item(), each.seen) == (0, [])
 
 
+class Interrupted(Network):
+    def forward(self, inputs: Tensor) -> Tensor:
+        super().forward(inputs)
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_measurement_leaves_no_trace_in_the_random_numbers() -> None:
+    original, folded = Interrupted(is_folded=True), Network(is_folded=True)
+    before = (torch.get_rng_state(), random.getstate())
+    with pytest.raises(KeyboardInterrupt):
+        measured(original, folded)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
 def test_a_runnable_copy_shares_its_parameters_alone_and_keeps_the_trainer() -> None:
     module = Network(is_folded=False)
     module.trainer = trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -114,9 +130,18 @@ class Hungry(Network):
         return inputs.new_zeros(len(inputs), 2**20)
 
 
+class WithLock(Network):
+    """Cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__(is_folded=True)
+        self.lock = threading.Lock()
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"folded": WithLock()}, "operations and latency: the folded module cannot be copied"),
         ({"calls": []}, "operations and latency: validation does not call the module itself"),
         (
             {"calls": [ExampleCall((torch.ones(6, 4), torch.ones(5)), {})]},

@@ -51,7 +51,7 @@ class Watching(Callback):
 def trainer(root: Path, *callbacks: Callback, **kwargs: Any) -> Trainer:
     silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     return Trainer(
-        accelerator="cpu", max_steps=9, default_root_dir=root, callbacks=[*callbacks], **{**silent, **kwargs}
+        accelerator="cpu", default_root_dir=root, callbacks=[*callbacks], **{**silent, "max_steps": 9, **kwargs}
     )
 
 
@@ -109,6 +109,20 @@ def test_a_second_fit_saves_anew(tmp_path: Path) -> None:
     for name in ("one", "other"):
         trainer(tmp_path / name, last).fit(Tiny())
         assert torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 9
+
+
+def test_a_fit_that_goes_on_elsewhere_saves_where_it_begins(tmp_path: Path) -> None:
+    class Failing(Tiny):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            raise RuntimeError("trouble")
+
+    last = LastCheckpoint()
+    trainer(tmp_path / "one", last, max_steps=5).fit(Tiny())  # a whole epoch
+    other = trainer(tmp_path / "other", last)
+    with pytest.raises(RuntimeError, match="trouble"):
+        other.fit(Failing(), ckpt_path=last.last_model_path)
+    assert last.last_model_path == str(tmp_path / "other" / "checkpoints" / "last.ckpt")
+    assert torch.load(last.last_model_path, weights_only=True)["global_step"] == 5
 
 
 def test_no_steps_between_two_saves_are_refused() -> None:

@@ -22,7 +22,7 @@ KINDS = (
     "conv", "conv", "norm", "norm", "norm", "norm", "same_norm", "same_conv", "transposed", "relu", "relu_",
     "silu_norm", "computed_conv",
     "add", "add_", "cat", "half", "pool", "upsample", "reflect", "mean", "permute", "linear", "identity_branch",
-    "residual", "keep",
+    "residual", "keep", "move", "move",
 )  # fmt: skip
 
 
@@ -47,6 +47,16 @@ RESIDUALS: tuple[Callable[..., Tensor], ...] = (
     lambda conv, point, norm, x: norm(conv(x) + point(x.cos())),
     lambda conv, point, norm, x: norm((h := point(x)) + conv(h)),
     lambda conv, point, norm, x: norm(norm(conv(x) + x) + x),
+)
+
+
+MOVES: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: F.channel_shuffle(x, 2),
+    lambda x: F.pixel_shuffle(x.repeat_interleave(4, 1), 2)[..., ::2, 1::2],
+    lambda x: F.pixel_unshuffle(x.repeat_interleave(2, 2).repeat_interleave(2, -1), 2)[:, ::4],
+    lambda x: F.pad(x, (0, 0, 0, 1), mode="replicate").unfold(2, 2, 1).mean(-1),
+    lambda x: F.unfold(x, 1).unflatten(2, x.shape[2:]),
+    lambda x: torch.cat([x[:, CHANNELS:], x.rot90(1, (2, 3)).rot90(-1, (2, 3))], 1),
 )
 
 
@@ -131,6 +141,8 @@ class Program(nn.Module):
                 x = x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
             elif kind == "linear":
                 x = part(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            elif kind == "move":
+                x = MOVES[detail % len(MOVES)](x)
             elif kind == "identity_branch":
                 x = IDENTITY_BRANCHES[detail % len(IDENTITY_BRANCHES)](*part, x)
             elif kind == "residual":
