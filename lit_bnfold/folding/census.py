@@ -102,7 +102,7 @@ class Census:
         is_whole = kind is NORMALISING
         plain = [tensor for key, tensor in self.owned[module].items() if is_whole or key in ("weight", "bias")]
         obstacle = self._common_obstacle(module) or self._weight_obstacle(module)
-        if kind is NORMALISING:
+        if is_whole:
             obstacle = obstacle or self.batchnorms[module].obstacle or self._as_layer_obstacle(module)
         weight = self.owned[module].get("weight")
         in_channels, out_channels = (0, 0) if obstacle is not None else kind.channels(module)

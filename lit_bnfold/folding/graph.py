@@ -42,7 +42,7 @@ class Value:
         shape: Sizes, in elements.
         stride: Strides, in elements.
         dtype: For example ``torch.float32``.
-        storage: A number that values share exactly when they share memory.
+        storage: A number that values share exactly when they share memory; 0 where the run did not follow that.
         maker: Index of the call that made it; None for what came from outside: inputs, parameters, constants.
         users: Indices of the calls that read it, in order, one entry per call.
         name: The parameter's or buffer's name, None for everything else.
@@ -100,6 +100,16 @@ class Call:
     draws: bool = False
     computed: tuple[int, ...] = ()
 
+    def argument(self, place: int, name: str, default: Any = None) -> Any:
+        """An argument of the operation.
+
+        Args:
+            place: Its place among the positional ones.
+            name: Its name.
+            default: What it is if it was not given.
+        """
+        return self.args[place] if place < len(self.args) else self.kwargs.get(name, default)
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -149,19 +159,21 @@ class Layer:
             return self.takes_inputs
         if not all(size % 2 for size in self.kernel):
             return False
+        return set(self._per_axis(call, 3, "stride", 1)) == {1} and self._padding(call) == self._centred(call)
+
+    def _centred(self, call: Call) -> tuple[float, ...]:
+        """The padding with which each output lies on the input that the middle of the kernel reads."""
         dilation = self._per_axis(call, 5, "dilation", 1)
-        centred = [step * (size - 1) / 2 for step, size in zip(dilation, self.kernel, strict=True)]
-        return set(self._per_axis(call, 3, "stride", 1)) == {1} and self._padding(call) == tuple(centred)
+        return tuple(step * (size - 1) / 2 for step, size in zip(dilation, self.kernel, strict=True))
 
     def _padding(self, call: Call) -> tuple[float, ...]:
-        padding = call.args[4] if len(call.args) > 4 else call.kwargs.get("padding", 0)
+        padding = call.argument(4, "padding", 0)
         if padding == "same":
-            dilation = self._per_axis(call, 5, "dilation", 1)
-            return tuple(step * (size - 1) / 2 for step, size in zip(dilation, self.kernel, strict=True))
+            return self._centred(call)
         return self._per_axis(call, 4, "padding", 0) if padding != "valid" else (0,) * len(self.kernel)
 
     def _per_axis(self, call: Call, position: int, name: str, default: int) -> tuple[int, ...]:
-        given = call.args[position] if len(call.args) > position else call.kwargs.get(name, default)
+        given = call.argument(position, name, default)
         given = given if isinstance(given, tuple) else (given,)
         return given if len(given) > 1 else given * len(self.kernel)
 
@@ -274,8 +286,8 @@ class ValueGraph:
         """The run without the numbers in its tensors: two runs with equal outlines did the same.
 
         Args:
-            erased: Names of BatchNorms whose inside does not count, and of each, whether it may as well pass on what it
-                is given.
+            erased: Names of the folded BatchNorms, whose inside does not count; True for those that pass on their input
+                once they are folded, False for those that give zeros.
             baked: Names of layers of which it does not count how they compute their weight.
         """
         _, ignored = self.origins(value for name in baked for call in self.calls_of[name] for value in call.computed)
@@ -283,11 +295,10 @@ class ValueGraph:
         passed_on: dict[int, int] = {}  # what an erased BatchNorm gives is what it was given
         outline: list[Any] = []
         for call in self.calls:
-            if call.kind == "batchnorm" and erased.get(call.owner or ""):
-                passed_on[call.outputs[0]] = passed_on.get(call.inputs[0], call.inputs[0])
             module = self.frames[call.frame].module
-            if module in erased and call.name in ("aten.clone.default", "aten.view.default"):
-                # What is left of one may lay out anew what it was given.
+            is_gone = call.kind == "batchnorm" and erased.get(call.owner or "")
+            # What is left of one may lay out anew what it was given.
+            if is_gone or (module in erased and call.name in ("aten.clone.default", "aten.view.default")):
                 passed_on[call.outputs[0]] = passed_on.get(call.inputs[0], call.inputs[0])
             if call.index in ignored or module in erased:
                 continue

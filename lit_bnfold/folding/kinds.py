@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -63,6 +63,15 @@ class LayerKind:
         """Whether a module of this kind can have a bias; an Embedding adds one to its rows instead."""
         return "bias" in self.arguments
 
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of its function, by name.
+
+        Args:
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+        """
+        return dict(zip(self.arguments, args, strict=False)) | {**kwargs}
+
     def channels(self, module: nn.Module) -> tuple[int, int]:
         """Numbers of input and of output channels of a module of this kind.
 
@@ -119,6 +128,10 @@ class Normalisation(NamedTuple):
         """The same with a function of every tensor in its place."""
         weight, bias = (None if tensor is None else function(tensor) for tensor in (self.weight, self.bias))
         return Normalisation(function(self.mean), function(self.var), weight, bias, self.eps)
+
+    def of(self, input: Tensor) -> Tensor:
+        """What torch makes with these numbers of an input (N, C, ...), in eval mode."""
+        return F.batch_norm(input, self.mean, self.var, self.weight, self.bias, training=False, eps=self.eps)
 
 
 @dataclass(frozen=True)
@@ -219,7 +232,7 @@ _FROZEN = BatchNormKind(nn.Module)
 
 
 class Rest:
-    """What is left of a BatchNorm whose forward does more than normalise: its class is a subclass of both."""
+    """Marks what is left of a BatchNorm that does more than normalise: its class inherits from this and its old one."""
 
     def __init_subclass__(cls) -> None:
         """Tell nobody: a class that keeps a register of its subclasses shall not find this one in it."""
@@ -274,13 +287,13 @@ class Kinds:
             found = next((kind for kind in KIND_OF_FUNCTION.values() if kind.function.__name__ == function), None)
         return found
 
-    def batchnorm(self, module: nn.Module | None) -> BatchNormKind | None:
+    def batchnorm(self, module: nn.Module) -> BatchNormKind | None:
         """The kind of BatchNorm that a module is, foldable or not; None if it is none.
 
         Args:
             module: The module.
         """
-        if module is None or isinstance(module, Rest):
+        if isinstance(module, Rest):
             return None
         if isinstance(module, torch.jit.ScriptModule):
             return _TORCHS if "BatchNorm" in module.original_name else None

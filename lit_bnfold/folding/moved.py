@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_bnfold.folding.computed import bake, computed_tensors
@@ -123,7 +122,7 @@ def with_numbers(kind: LayerKind, numbers: Mapping[str, Tensor | None]) -> Calla
 
     def move(function: Function) -> Function:
         def run(*args: Any, **kwargs: Any) -> Tensor:
-            given = dict(zip(kind.arguments, args, strict=False)) | kwargs | {**numbers}
+            given = kind.given(args, kwargs) | {**numbers}
             named = [given.pop(name) for name in kind.arguments[: len(args)]]
             return function(*named, *args[len(kind.arguments) :], **given)
 
@@ -143,14 +142,14 @@ def _normalised(output: Tensor, numbers: Normalisation, part: Part, channel_axis
     # In half precision torch's own kernels take wider numbers than the input; in float64 they take no other.
     numbers = numbers.each(lambda tensor: tensor.to(output if output.dtype is torch.float64 else output.device))
     if part.channels is None and part.shift == 1.0 and axis == 1:
-        return _laid_out_like(output, _batch_norm(output, numbers))
+        return _laid_out_like(output, numbers.of(output))
     rows = output.movedim(axis, -1)  # (..., C)
     channels = torch.tensor(part.channels or range(rows.shape[-1]), device=output.device)
     numbers = numbers.each(lambda tensor: tensor[channels.clamp(min=0)])
     flat = rows.reshape(-1, rows.shape[-1])  # (..., C) -> (N, C)
-    normalised = _batch_norm(flat, numbers)
+    normalised = numbers.of(flat)
     if part.shift != 1.0:
-        normalised = normalised - (1.0 - part.shift) * _batch_norm(torch.zeros_like(flat), numbers)
+        normalised = normalised - (1.0 - part.shift) * numbers.of(torch.zeros_like(flat))
     normalised = torch.where(channels == UNTOUCHED, flat, normalised).view(rows.shape).movedim(-1, axis)
     return _laid_out_like(output, normalised)
 
@@ -159,8 +158,3 @@ def _laid_out_like(output: Tensor, normalised: Tensor) -> Tensor:
     """The same numbers laid out in memory as the layer does it, on which a later `view` may rely."""
     is_already = normalised.stride() == output.stride()
     return normalised if is_already else torch.empty_like(output).copy_(normalised)
-
-
-def _batch_norm(input: Tensor, numbers: Normalisation) -> Tensor:
-    mean, var, weight, bias, eps = numbers
-    return F.batch_norm(input, mean, var, weight, bias, training=False, eps=eps)

@@ -88,16 +88,17 @@ _RESHAPING = {torch.reshape, Tensor.reshape}
 _INTERLEAVING = {torch.repeat_interleave, Tensor.repeat_interleave}
 
 
-def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
-    """An argument of a call, None if it was not given.
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, default: Any = None) -> Any:
+    """An argument of a call.
 
     Args:
         args: Positional arguments.
         kwargs: Keyword arguments.
         place: Its place among the positional ones.
         name: Its name.
+        default: What it is if it was not given.
     """
-    return args[place] if place < len(args) else kwargs.get(name)
+    return args[place] if place < len(args) else kwargs.get(name, default)
 
 
 def is_foreign(function: Callable[..., Any]) -> bool:
@@ -242,7 +243,7 @@ class Known(NamedTuple):
         name: Its name, such as ``aten.add_.Tensor``.
         writes: Places and names of the arguments that it writes.
         is_batch_norm: Whether it is one; some of these write their statistics without saying so in their schema.
-        training: Place and name of the argument without which it does not; None if it has none.
+        training: Place and name of the argument that has to be true for it to write them; None if it has none.
         draws: Whether it draws random numbers, or could.
         reveals_numbers: Whether it tells Python something of the numbers in its tensors, be it by a shape.
         masks: What it does where a mask says, if it is given one as its second argument.

@@ -8,15 +8,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+from torch import nn
 
 from lit_bnfold.folding.graph import FoldingError
 from lit_bnfold.folding.kinds import KINDS, Kinds
 
-if TYPE_CHECKING:
-    from torch import nn
-
-_Model = TypeVar("_Model", bound="nn.Module")
+_Model = TypeVar("_Model", bound=nn.Module)
 
 # 1: had no checksum.
 MANIFEST_VERSION = 2
@@ -36,7 +35,7 @@ class Part:
         layer: Name of the layer.
         channels: The BatchNorm's channel for each channel of the layer, of its outputs or, if the fold is forward, of
             its inputs; -1 where the layer stays as it is. None where channel ``i`` is channel ``i``.
-        shift: The share of the shift that this layer takes; beside the layer, that of the scale as well.
+        shift: The share of the shift that this layer takes; in a parallel fold, of the scale as well.
         baked: Whether the layer computes its weight at every call, so that the weight of the moment is made a parameter
             before it takes anything.
         function: Name of the function that the layer calls, if it is a layer by that alone; None if its class tells.
@@ -67,7 +66,8 @@ class Fold:
             layer of the same input that it is added to.
         note: A warning, in a sentence, if its numbers cost many digits; else None.
         eps: What it adds to its variance, if only a run could tell; None where it is an attribute of the module.
-        written: Whether what it is added to is written into its output: what is left of it gives zeros of their own.
+        written: Whether what it is added to is written into its output: what is left of it gives zeros in memory of
+            their own.
         contiguous: Whether it lays out its output anew in memory, axis after axis: what is left of it does so too, for
             a ``view`` of the output, or of anything made of it, may rely on that.
 

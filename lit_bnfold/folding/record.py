@@ -376,7 +376,7 @@ class Recorder:
         weight = self._census.owned.get(module, {}).get("weight")
         if not isinstance(weight, nn.Parameter) or weight.dim() != 1 - kind.channel_axis:
             return None
-        given = dict(zip(kind.arguments, args, strict=False)) | kwargs
+        given = kind.given(args, kwargs)
         return kind if given.get("weight") is weight else None
 
     def _note_batch_norm_inside(self) -> None:
@@ -399,7 +399,7 @@ class Recorder:
         return output
 
     def _run_batchnorm(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        name, given = self._census.names[module], dict(zip(NORMALISING.arguments, args, strict=False)) | kwargs
+        name, given = self._census.names[module], NORMALISING.given(args, kwargs)
         if given.get("training"):
             for key in ("running_mean", "running_var"):
                 if given[key] is not None:
@@ -459,7 +459,7 @@ class Recorder:
             return self._run_whole("layer", kind.function.__name__, kind.function, args, kwargs, owner=name)
         with self.looking_away:
             facts = self.graph.layers.get(name) or self._census.layer(module, kind.function.__name__)
-        given = dict(zip(kind.arguments, args, strict=False)) | kwargs
+        given = kind.given(args, kwargs)
         is_without = kind.has_bias and given.get("bias") is None
         if is_without and not kind.runs_torchs_forward(module):
             is_asked = module in self._lent or module._parameters.get("bias") is not None
@@ -468,9 +468,9 @@ class Recorder:
             facts = _add_obstacle(facts, "own-forward", sentence)
         elif not self._are_own(module, given, kind.arguments[1:]):
             facts = _add_obstacle(facts, "computed-weight", f"`{name}` was called with other tensors than its own")
-        if kind.function is F.embedding and (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None:
+        if kind.function is F.embedding and argument(args, kwargs, 3, "max_norm") is not None:
             facts = _add_obstacle(facts, "computed-weight", f"`{name}` limits the norm of its rows at every call")
-        groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+        groups = argument(args, kwargs, 6, "groups", 1)
         if facts.kernel and groups != kind.groups(module):
             facts = _add_obstacle(facts, "unusual-weight", f"`{name}` was called with other groups than its own")
         computed = tuple(self._ledger.value(given[key]).index for key in facts.computed if given.get(key) is not None)
@@ -796,7 +796,7 @@ def _tensors_given(args: Sequence[Any], kwargs: Mapping[str, Any] | None = None)
 
 
 def _with_refs(tree: Any, read: dict[int, Value]) -> Any:
-    """The same nesting of arguments with a ``Ref`` for each tensor, of those that do not matter with the same one."""
+    """The same nesting of arguments with a ``Ref`` for each tensor: ``_UNREAD`` for one that the call does not read."""
     if isinstance(tree, Tensor):
         value = read.get(id(tree))
         return _UNREAD if value is None else Ref(value.index)
@@ -848,9 +848,8 @@ def _is_same(output: Any, expected: Tensor) -> bool:
 
 
 def _normalised(kind: BatchNormKind, input: Tensor, numbers: Normalisation) -> Tensor:
-    mean, var, weight, bias, eps = numbers
-    rows = input.movedim(kind.channel_axis, 1)  # (N, ..., C, ...) -> (N, C, ...)
-    return F.batch_norm(rows, mean, var, weight, bias, training=False, eps=eps).movedim(1, kind.channel_axis)
+    # (N, ..., C, ...) -> (N, C, ...) and back
+    return numbers.of(input.movedim(kind.channel_axis, 1)).movedim(1, kind.channel_axis)
 
 
 def _remove_all(hooks: Sequence[RemovableHandle]) -> None:

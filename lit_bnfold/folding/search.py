@@ -296,7 +296,7 @@ class _Search:
         """Without the BatchNorm its output is its input: that must not show either."""
         for call in self.calls:
             before, after = self.graph.values[call.inputs[0]], self.graph.values[call.outputs[0]]
-            if after.storage in self.graph.writers and any(map(self._is_forked, self.maps)):
+            if after.storage in self.graph.writers and any(map(self._is_shared, self.maps)):
                 writer = self.graph.where(self.graph.writers[after.storage][0])
                 raise _StaysError("written", f"its output is written in place by {writer}")
             is_laid_out_anew = _is_laid_out_anew(before, after)
@@ -331,7 +331,7 @@ class _Search:
                 pending += sources
         return False
 
-    def _is_forked(self, index: int) -> bool:
+    def _is_shared(self, index: int) -> bool:
         """Whether others share the memory of a value met on the way, or autograd forbids writing into it."""
         value = self.graph.values[index]
         maker = self.graph.maker(value)
@@ -489,7 +489,7 @@ class _Backward(_Search):
 
         All users are looked at in the end; here a few will do, for a value may have as many as there are layers.
         """
-        for call in map(self.graph.calls.__getitem__, value.users[:_FEW]):
+        for call in (self.graph.calls[index] for index in value.users[:_FEW]):
             if not self._is_passed(call) and call.owner != self.name and call.name not in RULES:
                 raise self._seen_by(value, call)
 
@@ -525,17 +525,18 @@ class _Forward(_Search):
         for call in self.calls:
             value = self.graph.values[call.outputs[0]]
             self._give(value.index, self._start(value), readers)
-        last: list[Call] = []
+        last: Call | None = None
         while readers:
             call = self.graph.calls[heapq.heappop(readers)]
-            if last and call is last[-1]:
+            if call is last:
                 continue  # It reads several values on the way and was entered once for each.
-            last.append(call)
+            last = call
             for index, channels in zip(call.outputs, self._passed_by(call), strict=False):
                 if channels.touches:
                     self._give(index, channels, readers)
         for call in self.calls:
-            self._check_unwritten_between(self.graph.values[call.inputs[0]], (call, *last[-1:]))
+            read = self.graph.values[call.inputs[0]]
+            self._check_unwritten_between(read, (call,) if last is None else (call, last))
 
     def _give(self, index: int, channels: Channels, readers: list[int]) -> None:
         self.maps[index] = channels

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,10 +122,6 @@ def _moving(up: _Move, down: _Move) -> Rule:
     return Rule(move_up, move_down)
 
 
-def _argument(call: Call, position: int, name: str, default: Any = None) -> Any:
-    return call.args[position] if position < len(call.args) else call.kwargs.get(name, default)
-
-
 def _shapes(graph: ValueGraph, call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return graph.values[call.inputs[0]].shape, graph.values[call.outputs[0]].shape
 
@@ -135,10 +130,10 @@ def _permutation(graph: ValueGraph, call: Call) -> list[int]:
     rank = len(graph.values[call.inputs[0]].shape)
     order = list(range(rank))
     if call.name == "aten.permute.default":
-        return [axis % rank for axis in _argument(call, 1, "dims")]
+        return [axis % rank for axis in call.argument(1, "dims")]
     if call.name == "aten.t.default":
         return order[::-1]
-    first, second = _argument(call, 1, "dim0"), _argument(call, 2, "dim1")
+    first, second = call.argument(1, "dim0"), call.argument(2, "dim1")
     order[first], order[second] = order[second], order[first]
     return order
 
@@ -216,7 +211,7 @@ def _joins_before_channels(call: Call, labels: Tensor, moved: Tensor) -> bool:
     """Whether whatever an axis of size 1 may grow to goes to an axis before the channels."""
     if "flattened" in call.kwargs:
         return bool(call.kwargs["flattened"][1] < _first_axis(labels))
-    sizes = _argument(call, 1, "size", ())
+    sizes = call.argument(1, "size", ())
     return -1 in sizes and sizes.index(-1) < _first_axis(moved)
 
 
@@ -248,7 +243,7 @@ def _check_squeezes(graph: ValueGraph, call: Call) -> None:
     """Of an axis that is longer here nothing is taken, and where it has size 1 those behind it take its place."""
     if call.name == "aten.squeeze.dim":
         before, _ = _shapes(graph, call)
-        if before and before[_argument(call, 1, "dim", 0)] != 1:
+        if before and before[call.argument(1, "dim", 0)] != 1:
             raise NotTransparent("drops an axis where that has size 1, which it has not here")
 
 
@@ -289,7 +284,7 @@ def _cast(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 def _axis_picked(graph: ValueGraph, call: Call) -> int:
     position = 2 if call.name.startswith("aten.split") else 1
     name = "dimension" if call.name == "aten.unfold.default" else "dim"
-    axis: int = _argument(call, position, name, 0)
+    axis: int = call.argument(position, name, 0)
     return axis % len(graph.values[call.inputs[0]].shape)
 
 
@@ -297,11 +292,11 @@ def _positions_picked(graph: ValueGraph, call: Call, output: int) -> Tensor:
     axis = _axis_picked(graph, call)
     every = torch.arange(graph.values[call.inputs[0]].shape[axis])
     if call.name == "aten.select.int":
-        return every[_argument(call, 2, "index")].reshape(1)
+        return every[call.argument(2, "index")].reshape(1)
     if call.name == "aten.unbind.int":
         return every[output].reshape(1)
     if call.name == "aten.slice.Tensor":
-        return every[slice(_argument(call, 2, "start"), _argument(call, 3, "end"), _argument(call, 4, "step", 1))]
+        return every[slice(call.argument(2, "start"), call.argument(3, "end"), call.argument(4, "step", 1))]
     return every.split([graph.values[index].shape[axis] for index in call.outputs])[output]
 
 
@@ -342,7 +337,7 @@ def _pick_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list
 
 def _axes_indexed(graph: ValueGraph, call: Call) -> tuple[list[int], int, int]:
     """The axes of the input that indices pick from, and from where to where those lie that take their place."""
-    indices = _argument(call, 1, "indices")
+    indices = call.argument(1, "indices")
     axes = [axis for axis, index in enumerate(indices) if index is not None]
     values = [graph.values[indices[axis].value] for axis in axes]
     if any(value.dtype in (torch.bool, torch.uint8) for value in values):
@@ -387,7 +382,7 @@ def _joined(graph: ValueGraph, call: Call) -> list[int]:
 
 
 def _axis_joined(graph: ValueGraph, call: Call) -> int:
-    axis: int = _argument(call, 1, "dim", 0)
+    axis: int = call.argument(1, "dim", 0)
     return axis % len(graph.values[call.outputs[0]].shape)
 
 
@@ -464,12 +459,12 @@ def _add_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list[
 
 def _axes_averaged(graph: ValueGraph, call: Call) -> list[int]:
     rank = len(graph.values[call.inputs[0]].shape)
-    axes = _argument(call, 1, "dim")
+    axes = call.argument(1, "dim")
     return [axis % rank for axis in axes] if axes else list(range(rank))
 
 
 def _mean_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    if not _argument(call, 2, "keepdim", False):
+    if not call.argument(2, "keepdim", False):
         for axis in sorted(_axes_averaged(graph, call)):
             labels = labels.unsqueeze(axis)
     return _unless_mixed(labels, _axes_averaged(graph, call))
@@ -478,7 +473,7 @@ def _mean_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 def _mean_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
     axes = _axes_averaged(graph, call)
     labels = _unless_mixed(labels, axes)
-    return labels if _argument(call, 2, "keepdim", False) else labels.squeeze(axes)
+    return labels if call.argument(2, "keepdim", False) else labels.squeeze(axes)
 
 
 def _unless_mixed(labels: Tensor, axes: list[int], what_it_does: str = "averages over") -> Tensor:
@@ -503,10 +498,10 @@ def _circular(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 
 
 def _pooled(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    padding, counts_padding = _argument(call, 3, "padding", 0), _argument(call, 5, "count_include_pad", True)
+    padding, counts_padding = call.argument(3, "padding", 0), call.argument(5, "count_include_pad", True)
     if counts_padding and any(padding if isinstance(padding, tuple) else (padding,)):
         raise NotTransparent("counts zeros of its padding in")
-    if _argument(call, 6, "divisor_override") is not None:
+    if call.argument(6, "divisor_override") is not None:
         raise NotTransparent("divides by something else than the number of elements")
     return _spatial(graph, call, labels)
 
@@ -530,29 +525,29 @@ def _once(labels: Tensor, axis: int, times: int) -> Tensor:
 
 
 def _shuffle_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    factor = _argument(call, 1, "upscale_factor")
+    factor = call.argument(1, "upscale_factor")
     return _repeated(_unless_mixed(labels, [-2, -1], "spreads"), -3, factor * factor)
 
 
 def _shuffle_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    factor = _argument(call, 1, "upscale_factor")
+    factor = call.argument(1, "upscale_factor")
     return _once(_unless_mixed(labels, [-2, -1], "spreads"), -3, factor * factor)
 
 
 def _unshuffle_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    factor = _argument(call, 1, "downscale_factor")
+    factor = call.argument(1, "downscale_factor")
     return _once(_unless_mixed(labels, [-2, -1], "spreads"), -3, factor * factor)
 
 
 def _unshuffle_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    factor = _argument(call, 1, "downscale_factor")
+    factor = call.argument(1, "downscale_factor")
     return _repeated(_unless_mixed(labels, [-2, -1], "spreads"), -3, factor * factor)
 
 
 def _pixels_of_window(call: Call) -> int:
-    if any(_argument(call, 3, "padding")):
+    if any(call.argument(3, "padding")):
         raise NotTransparent("pads with zeros")
-    return math.prod(_argument(call, 1, "kernel_size"))
+    return math.prod(call.argument(1, "kernel_size"))
 
 
 def _columns_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
@@ -574,25 +569,25 @@ def _interleave_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 
 
 def _groups_swapped(graph: ValueGraph, call: Call, labels: Tensor, *, up: bool) -> Tensor:
-    groups = _argument(call, 1, "groups")
+    groups = call.argument(1, "groups")
     if labels.shape[1] == 1:
         return labels
     return labels.unflatten(1, (-1, groups) if up else (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def _rotated(graph: ValueGraph, call: Call, labels: Tensor, sign: int) -> Tensor:
-    return labels.rot90(sign * _argument(call, 1, "k", 1), _argument(call, 2, "dims", (0, 1)))
+    return labels.rot90(sign * call.argument(1, "k", 1), call.argument(2, "dims", (0, 1)))
 
 
 def _rolled(graph: ValueGraph, call: Call, labels: Tensor, sign: int) -> Tensor:
-    shifts, axes = _argument(call, 1, "shifts"), _argument(call, 2, "dims", ())
+    shifts, axes = call.argument(1, "shifts"), call.argument(2, "dims", ())
     if not axes:
         raise NotTransparent("rolls over all axes at once")
     return labels.roll([sign * shift for shift in shifts], axes)
 
 
 def _flipped(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    return labels.flip(_argument(call, 1, "dims"))
+    return labels.flip(call.argument(1, "dims"))
 
 
 # Windows, or a repetition, along axes without channels.

@@ -84,7 +84,7 @@ class Tape:
 
         return run
 
-    def play(self, name: str, layer: Function, *, computes: bool = False) -> Function:
+    def play(self, name: str, layer: Function, *, computes: bool) -> Function:
         """A layer that gives what it gave when it was recorded, and is computed where that was not kept."""
         if layer is F.batch_norm:
             return layer
@@ -144,7 +144,8 @@ def _recorded(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
     twin = twin_of(model)
     tape = Tape()
     recorder = Recorder(twin, kinds, lends=lends, evens=True, instead=tape.record)
-    # As much as the layer with the most numbers needs in float64, which is what folding in place may need as well.
+    # As much as the layer with the most numbers needs in float64, which is what folding in place may need as well. Asked
+    # late: the recorder has refused lazy parameters, which have no numbers yet.
     tape.room = 8 * max((parameter.numel() for parameter in model.parameters()), default=0)
     try:
         return Run(recorder.graph, _run(twin, recorder, args, kwargs), tape, recorder.has_lent)
