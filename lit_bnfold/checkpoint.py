@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial, wraps
@@ -191,7 +190,7 @@ def save_folded(
     pl_module: LightningModule,
     plan: FoldingPlan,
     path: Path,
-    progress: Mapping[str, Any] = types.MappingProxyType({}),
+    progress: Mapping[str, Any] | None = None,
     outdated: Sequence[Path] = (),
 ) -> None:
     """Save a module that is folded at this moment; the file appears whole or not at all. To be called on all ranks.
@@ -207,7 +206,7 @@ def save_folded(
 
     def add(checkpoint: dict[str, Any]) -> None:
         _add_manifest(plan, checkpoint)
-        checkpoint.update(progress)
+        checkpoint.update(progress or {})
 
     undo = _add_to_hook(pl_module, "on_save_checkpoint", add)
     try:
@@ -266,7 +265,7 @@ def progress_of_training(pl_module: LightningModule) -> Iterator[dict[str, Any]]
         undo()
 
 
-def read_training(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
+def read_unfolded(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
     """Read what an unfolded checkpoint says of its training: the hyperparameters, the step, and so on.
 
     Args:
@@ -309,7 +308,7 @@ def one_file(path: str | Path, weights_only: bool = True) -> Iterator[str]:
             check_is_undamaged(Path(path))
         yield str(path)
         return
-    rest = read_training(path, weights_only)
+    rest = read_unfolded(path, weights_only)
     state = _weights_of_shards(Path(path), weights_only)
     with tempfile.TemporaryDirectory() as directory:
         whole = Path(directory) / "whole.ckpt"
@@ -395,11 +394,8 @@ def _take_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 def _being_loaded(module: Any) -> Path | None:
     """The file that the Trainer of a module is loading; None if it is no file, or there is no Trainer."""
-    # A module without a Trainer raises when it is asked for it.
-    with suppress(RuntimeError):
-        path = module.trainer.ckpt_path
-        return Path(path) if path is not None and Path(path).is_file() else None
-    return None
+    path = getattr(_trainer_of(module), "ckpt_path", None)
+    return Path(path) if path is not None and Path(path).is_file() else None
 
 
 def _check_dtypes(module: nn.Module, state: Mapping[str, Any]) -> None:
@@ -424,10 +420,15 @@ def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:
 
 
 def _is_being_fitted(module: Any) -> bool:
-    # A module without a Trainer raises when it is asked for it.
-    with suppress(RuntimeError):
-        return bool(module.trainer.state.fn == "fit")
-    return False
+    trainer = _trainer_of(module)
+    return trainer is not None and bool(trainer.state.fn == "fit")
+
+
+def _trainer_of(module: Any) -> Trainer | None:
+    with suppress(RuntimeError):  # A module without a Trainer raises when it is asked for it.
+        trainer: Trainer = module.trainer
+        return trainer
+    return None
 
 
 def _is_folded(module: nn.Module, plan: FoldingPlan) -> bool:

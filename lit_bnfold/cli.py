@@ -37,7 +37,7 @@ from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 from lit_bnfold.names.sampling import Sampling
 from lit_bnfold.parser import OneSentenceParser, arrange_help, first_line, one_line, read_config, use_threads
-from lit_bnfold.reading import read_checkpoint
+from lit_bnfold.reading import is_misfit, read_checkpoint
 from lit_bnfold.writing import WholeCheckpointIO, whole_file
 
 # Drawing the bar costs as much as a training step of the small network.
@@ -280,7 +280,7 @@ def main(args: list[str] | None = None) -> None:
     except (FoldingError, MisconfigurationException, ModuleNotFoundError, OSError, ValueError) as error:
         _leave(error)
     except RuntimeError as error:
-        if "Error(s) in loading state_dict" not in str(error):
+        if not is_misfit(error):
             raise
         _leave(error)
 

@@ -25,7 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.parsing import AttributeDict
 
 from lit_bnfold.callbacks import BatchNormFolding
-from lit_bnfold.checkpoint import read_training
+from lit_bnfold.checkpoint import read_unfolded
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 from lit_bnfold.parser import (
@@ -38,6 +38,7 @@ from lit_bnfold.parser import (
     sentence,
     use_threads,
 )
+from lit_bnfold.reading import is_misfit
 
 SUMMARY = "Fold the BatchNorms of a checkpoint, with the same proof and the same files as at the end of ``fit``."
 
@@ -115,8 +116,10 @@ def fold(args: Sequence[str]) -> None:
     options: list[str] = []
     try:
         early, rest = _early_parser().parse_known_args(args)
+        if early.ckpt_path == "last":
+            early.ckpt_path = str(find_last_checkpoint(Path(early.root)))
         with _modules_of_the_current_directory():
-            checkpoint = {} if early.ckpt_path is None else read_training(_checkpoint_path(early), early.weights_only)
+            checkpoint = {} if early.ckpt_path is None else read_unfolded(early.ckpt_path, early.weights_only)
             config = _Config() if early.config is None else _read_sections(early.config)
             parts = _find_parts(early, checkpoint, config)
             parser = _parser(parts)
@@ -276,12 +279,6 @@ def _modules_of_the_current_directory() -> Iterator[None]:
         sys.path.remove(here)
 
 
-def _checkpoint_path(early: argparse.Namespace) -> str:
-    if early.ckpt_path == "last":
-        early.ckpt_path = str(find_last_checkpoint(Path(early.root)))
-    return early.ckpt_path
-
-
 def _find_parts(early: argparse.Namespace, checkpoint: Mapping[str, Any], config: _Config) -> tuple[_Part, ...]:
     model = _find_part("model", early.model, LightningModule, BatchNormMLP, checkpoint, config)
     assert model is not None
@@ -377,12 +374,11 @@ def _fold(early: argparse.Namespace, parts: Sequence[_Part], given: Namespace, m
     try:
         folding.fold_checkpoint(trainer, model, early.ckpt_path, data[0] if data else None, early.weights_only)
     except RuntimeError as error:
-        message = str(error)
-        if "Error(s) in loading state_dict" not in message:
+        if not is_misfit(error):
             raise
         raise ValueError(
             f"{early.ckpt_path} is no checkpoint of {parts[0].path}, whose weights are others "
-            f"({_first_difference(message)}); name its class: --model some.module.Class."
+            f"({_first_difference(str(error))}); name its class: --model some.module.Class."
         ) from error
 
 
@@ -431,12 +427,10 @@ def _build(part: _Part, given: Mapping[str, Any], made: Mapping[str, Any]) -> An
 
 def _build_as_configured(part: _Part, arguments: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
     """Make what a LightningCLI made, whose hyperparameters may describe objects, and let it keep them as they were."""
-    made_by = {name: part.saved[name] for name in ("_instantiator", "_class_path") if name in part.saved}
-    if "_class_path" in made_by:
-        made_by["_class_path"] = part.path
+    class_path = {"_class_path": part.path} if "_class_path" in part.saved else {}
+    made_by = {"_instantiator": part.saved["_instantiator"], **class_path}
     config = {key: value.as_dict() if isinstance(value, Namespace) else value for key, value in arguments.items()}
     instantiate = importlib.import_module(f"{part.lightning.__name__}.cli").instantiate_module
-    class_path = {key: value for key, value in made_by.items() if key == "_class_path"}
     with warnings.catch_warnings():
         # The objects among the hyperparameters are replaced by their descriptions below.
         warnings.filterwarnings("ignore", message="Attribute .* is an instance of `nn.Module`")

@@ -174,7 +174,16 @@ def explains_itself(error: BaseException) -> bool:
         return error.filename is not None or isinstance(error, FileNotFoundError)
     # What is derived from a ValueError tells of a text or a version that is none, and not where it is.
     known = type(error) is ValueError or isinstance(error, (FoldingError, MisconfigurationException))
-    return known or "Error(s) in loading state_dict" in str(error)
+    return known or is_misfit(error)
+
+
+def is_misfit(error: BaseException) -> bool:
+    """Whether an error says that the weights of a checkpoint do not fit the module.
+
+    Args:
+        error: The error.
+    """
+    return isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in str(error)
 
 
 def cannot_be_loaded(path: object, error: BaseException) -> str:

@@ -27,13 +27,7 @@ from lit_bnfold.folding import Fold, FoldingPlan, Part, plan_folding
 from lit_bnfold.folding.rewrite import folded_in_place
 from lit_bnfold.reading import read_checkpoint
 from lit_bnfold.writing import WholeCheckpointIO, whole_file
-
-pytestmark = [
-    # Lightning makes a tree specification in a way that newer versions of torch deprecate.
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    # Loaders without worker processes are what a small test wants.
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-]
+from trainers import quiet_trainer
 
 # A class of somebody who knows nothing of this package, in a file of its own so that another process can import it.
 FOREIGN = '''
@@ -76,14 +70,9 @@ Foreign: type[LightningModule] = namespace["Foreign"]
 INPUTS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 
 
-def idle_trainer(tmp_path: Path, **kwargs: Any) -> Trainer:
-    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return Trainer(accelerator="cpu", enable_model_summary=False, default_root_dir=tmp_path, **silent, **kwargs)
-
-
 def save(tmp_path: Path, module: LightningModule, args: tuple[Any, ...], folded: bool = True) -> Path:
     """Save a module, folded or not, as a Trainer saves it."""
-    trainer, path = idle_trainer(tmp_path), tmp_path / ("folded.ckpt" if folded else "plain.ckpt")
+    trainer, path = quiet_trainer(tmp_path), tmp_path / ("folded.ckpt" if folded else "plain.ckpt")
     trainer.strategy.connect(module)
     if not folded:
         trainer.save_checkpoint(path, weights_only=True)
@@ -286,7 +275,7 @@ def test_training_does_not_go_on_from_a_folded_checkpoint(folded_file: Path, tmp
     class Mixed(FoldedLoading, Foreign):
         pass
 
-    trainer = idle_trainer(tmp_path, max_epochs=1, log_every_n_steps=1)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
     with pytest.raises(FoldingError, match="Training cannot go on from a folded checkpoint"):
         trainer.fit(Mixed(5), ckpt_path=folded_file, weights_only=True)
     # A class that knows nothing of folding stops too, at the keys of its state dict, and says where to go.
@@ -301,7 +290,7 @@ def test_with_the_callback_any_class_says_so_in_a_sentence_and_may_be_measured(
 ) -> None:
     # Two of them, as for the last and the best weights.
     callbacks = [BatchNormFolding(), BatchNormFolding(weights="best")]
-    trainer, module = idle_trainer(tmp_path, max_epochs=1, callbacks=callbacks), Foreign(5)
+    trainer, module = quiet_trainer(tmp_path, max_epochs=1, callbacks=callbacks), Foreign(5)
     with pytest.raises(FoldingError, match="Training cannot go on from a folded checkpoint"):
         trainer.fit(module, ckpt_path=folded_file, weights_only=True)
     assert "on_load_checkpoint" not in vars(module)
@@ -314,7 +303,7 @@ def test_a_hook_of_the_module_itself_is_called_and_stays(folded_file: Path, tmp_
     seen: list[str] = []
     module = Foreign(5)
     module.on_load_checkpoint = own = lambda checkpoint: seen.extend(checkpoint["hyper_parameters"])
-    trainer = idle_trainer(tmp_path, callbacks=[BatchNormFolding()])
+    trainer = quiet_trainer(tmp_path, callbacks=[BatchNormFolding()])
     trainer.validate(module, ckpt_path=folded_file, weights_only=True, verbose=False)
     assert seen == ["width", "depth"]
     assert module.on_load_checkpoint is own
@@ -327,7 +316,7 @@ def test_a_folded_checkpoint_is_not_folded_again(folded_file: Path, tmp_path: Pa
     for of_class in (Foreign, Mixed):
         folding, module = BatchNormFolding(dirpath=str(tmp_path / "again")), of_class(5)
         with pytest.raises(FoldingError, match="folded already; fold the checkpoint that it was made of"):
-            folding.fold_checkpoint(idle_trainer(tmp_path), module, folded_file, weights_only=True)
+            folding.fold_checkpoint(quiet_trainer(tmp_path), module, folded_file, weights_only=True)
         assert any(isinstance(each, _BatchNorm) for each in module.modules())
     assert not (tmp_path / "again").exists()
 
@@ -346,7 +335,7 @@ def flip_a_bit_of_a_weight(path: Path) -> None:
 
 
 def validate(module: LightningModule, path: Path, *callbacks: Any) -> None:
-    trainer = idle_trainer(path.parent, callbacks=[*callbacks])
+    trainer = quiet_trainer(path.parent, callbacks=[*callbacks])
     trainer.validate(module, ckpt_path=path, weights_only=True, verbose=False)
 
 
@@ -376,7 +365,7 @@ def test_a_damaged_checkpoint_is_not_folded(tmp_path: Path, foreign: LightningMo
     path = save(tmp_path, foreign, (INPUTS,), folded=False)
     flip_a_bit_of_a_weight(path)
     with pytest.raises(ValueError, match=r"plain\.ckpt is damaged"):
-        BatchNormFolding().fold_checkpoint(idle_trainer(tmp_path), Foreign(5), path)
+        BatchNormFolding().fold_checkpoint(quiet_trainer(tmp_path), Foreign(5), path)
     assert [each.name for each in tmp_path.iterdir()] == ["plain.ckpt"]
 
 
@@ -500,7 +489,7 @@ def test_a_failed_save_leaves_no_file_and_an_older_one_untouched(
 
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
-    path, trainer = tmp_path / "new" / "file", idle_trainer(tmp_path)
+    path, trainer = tmp_path / "new" / "file", quiet_trainer(tmp_path)
     with whole_file(path, trainer) as part:
         part.write_bytes(b"first")
         assert not path.exists()
@@ -512,7 +501,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_a_file_that_is_half_written_is_taken_away(tmp_path: Path) -> None:
     def half_way() -> None:
-        with whole_file(tmp_path / "file", idle_trainer(tmp_path)) as part:
+        with whole_file(tmp_path / "file", quiet_trainer(tmp_path)) as part:
             part.write_bytes(b"half")
             raise OSError("disk full")
 
@@ -523,7 +512,7 @@ def test_a_file_that_is_half_written_is_taken_away(tmp_path: Path) -> None:
 
 def test_a_trainer_that_saves_in_the_background_waits_for_this_file(tmp_path: Path, foreign: LightningModule) -> None:
     background = AsyncCheckpointIO()
-    trainer = idle_trainer(tmp_path, plugins=[background])
+    trainer = quiet_trainer(tmp_path, plugins=[background])
     trainer.strategy.connect(foreign)
     plan = plan_folding(foreign, (INPUTS,))
     with folded_in_place(plan, foreign):
@@ -565,7 +554,7 @@ def test_a_replaced_module_saves_its_plan_in_every_checkpoint(
     # Trained on and folded anew, there is nothing left to fold: the structure is still that of the first plan.
     for name in ("first.ckpt", "second.ckpt"):
         folding = BatchNormFolding(replace=True)
-        trainer = idle_trainer(tmp_path, max_epochs=1, log_every_n_steps=1, callbacks=[folding])
+        trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[folding])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="BatchNormFolding has nothing to fold")
             trainer.fit(foreign.train())
@@ -579,7 +568,7 @@ def test_a_loaded_module_saves_its_plan_in_every_checkpoint(mixed: bool, folded_
     class Mixed(FoldedLoading, Foreign):
         pass
 
-    module, trainer = load_folded(Mixed if mixed else Foreign, folded_file), idle_trainer(tmp_path)
+    module, trainer = load_folded(Mixed if mixed else Foreign, folded_file), quiet_trainer(tmp_path)
     trainer.strategy.connect(module)
     assert_saves_its_plan(trainer, module, tmp_path / "again.ckpt", weights_only=True)
 
@@ -587,7 +576,7 @@ def test_a_loaded_module_saves_its_plan_in_every_checkpoint(mixed: bool, folded_
 def test_a_loaded_module_is_copied_and_pickled_with_its_hooks(folded_file: Path, tmp_path: Path) -> None:
     module = load_folded(BatchNormMLP, save(tmp_path, BatchNormMLP(n_hidden=(6,)).eval(), (torch.zeros(2, 3).long(),)))
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        trainer = idle_trainer(tmp_path)
+        trainer = quiet_trainer(tmp_path)
         trainer.strategy.connect(twin)
         torch.nn.init.zeros_(twin.net.linear1.weight)
         trainer.save_checkpoint(tmp_path / "twin.ckpt", weights_only=True)

@@ -31,16 +31,9 @@ from lit_bnfold.names.sampling import Sampling
 from lit_bnfold.parser import OneSentenceParser, first_line
 
 pytestmark = [
-    # In these tests the arguments of the process are pytest's, and those of `main` are given.
-    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended to run from within Python"),
-    # Lightning makes a tree specification in a way that newer versions of torch deprecate.
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
     # A resumed run writes into a directory of its own, except where there is no logger.
     pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    # Lightning calls what newer versions of jsonargparse deprecate.
-    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning:DeprecationWarning"),
-    pytest.mark.filterwarnings(r"ignore:[\s\S]*(was|were) deprecated in v4:DeprecationWarning"),
     # Five steps are fewer than the fifty between two written training losses.
     pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
 ]

@@ -19,14 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lit_bnfold import BatchNormFolding, HistogramMonitor, UpdateRatioMonitor, load_folded
 
 pytestmark = [
-    # In these tests the arguments of the process are pytest's, and those of the command line are given.
-    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended to run from within Python"),
-    # Lightning calls what newer versions of jsonargparse and torch deprecate.
-    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning:DeprecationWarning"),
-    pytest.mark.filterwarnings(r"ignore:[\s\S]*(was|were) deprecated in v4:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    # Loaders without worker processes, and few batches, are what a small test wants.
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    # Few batches are what a small test wants.
     pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
 ]
 

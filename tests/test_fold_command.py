@@ -27,14 +27,7 @@ from lit_bnfold import BatchNormFolding, FoldingError, load_folded
 from lit_bnfold.cli import main
 
 pytestmark = [
-    # In these tests the arguments of the process are pytest's, and those of `main` are given.
-    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended to run from within Python"),
-    # Lightning calls what newer versions of jsonargparse and torch deprecate.
-    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning:DeprecationWarning"),
-    pytest.mark.filterwarnings(r"ignore:[\s\S]*(was|were) deprecated in v4:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    # Loaders without worker processes, and few batches, are what a small test wants.
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    # Few batches are what a small test wants.
     pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
     pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden by `LightningCLI"),
     # Their class keeps an object among its hyperparameters.

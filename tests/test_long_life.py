@@ -33,13 +33,6 @@ from lit_bnfold import BatchNormFolding, load_folded
 from lit_bnfold.folding import FoldingError, fold_batchnorm, plan_folding
 from lit_bnfold.folding.rewrite import folded_in_place
 
-pytestmark = [
-    # Lightning makes a tree specification in a way that newer versions of torch deprecate.
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    # Loaders without worker processes are what a small test wants.
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-]
-
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
 
 Randomised = Callable[[nn.Module], nn.Module]

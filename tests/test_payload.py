@@ -17,22 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from lit_bnfold import BatchNormFolding, BatchNormMLP, FoldingError, NamesDataModule, load_folded
-from lit_bnfold.checkpoint import MANIFEST, read_training
+from lit_bnfold.checkpoint import MANIFEST, read_unfolded
 from lit_bnfold.cli import main
 from lit_bnfold.reading import read_checkpoint
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended to run from within Python"),
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    # Lightning calls what newer versions of jsonargparse deprecate.
-    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning:DeprecationWarning"),
-    pytest.mark.filterwarnings(r"ignore:[\s\S]*(was|were) deprecated in v4:DeprecationWarning"),
-]
+from trainers import quiet_trainer
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
 
@@ -85,13 +78,8 @@ def test_the_payload_runs_where_anything_is_unpickled(saved: Any, tmp_path: Path
         assert (tmp_path / place).is_dir()
 
 
-def idle_trainer(tmp_path: Path, **kwargs: Any) -> Trainer:
-    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return Trainer(accelerator="cpu", enable_model_summary=False, default_root_dir=tmp_path, **silent | kwargs)
-
-
 def fold_checkpoint(path: Path) -> None:
-    trainer = idle_trainer(path.parent)
+    trainer = quiet_trainer(path.parent)
     module, data = (
         BatchNormMLP(vocab_size=7, n_embd=3, n_hidden=(6, 6)),
         NamesDataModule(str(path.parent / "words.txt")),
@@ -105,7 +93,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "load_folded of any class": lambda path: load_folded(LightningModule, path),
     "load_from_checkpoint": lambda path: BatchNormMLP.load_from_checkpoint(path),
     "read_checkpoint": read_checkpoint,
-    "read_training": read_training,
+    "read_unfolded": read_unfolded,
     "fold_checkpoint": fold_checkpoint,
     "fold": lambda path: main(["fold", "--ckpt_path", str(path), *QUIET]),
     **{
@@ -231,7 +219,7 @@ def resumed(saved: Any, tmp_path: Path, path: Path) -> BatchNormFolding:
     # Nothing is better than what was there.
     saving = ModelCheckpoint(tmp_path / "own", monitor="val/loss", save_top_k=0)
     module = BatchNormMLP(vocab_size=7, n_embd=3, n_hidden=(6, 6))
-    trainer = idle_trainer(tmp_path, max_steps=12, callbacks=[folding, saving], enable_checkpointing=True)
+    trainer = quiet_trainer(tmp_path, max_steps=12, callbacks=[folding, saving], enable_checkpointing=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, NamesDataModule(str(saved.words), batch_size=8), ckpt_path=path)
@@ -260,7 +248,7 @@ def test_a_best_checkpoint_that_another_checkpoint_names_does_not_run(saved: Any
 def test_a_best_checkpoint_of_this_training_may_hold_any_object(saved: Any, tmp_path: Path) -> None:
     folding = BatchNormFolding(weights="best", dirpath=str(tmp_path))
     saving = ModelCheckpoint(tmp_path, monitor="val/loss")
-    trainer = idle_trainer(tmp_path, max_epochs=1, callbacks=[folding, saving], enable_checkpointing=True)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[folding, saving], enable_checkpointing=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(WithObject(Kept()), NamesDataModule(str(saved.words), batch_size=8))

@@ -25,7 +25,7 @@ from lit_bnfold.folding import Fold, FoldingPlan
 from lit_bnfold.folding.exact import exact_numbers
 from lit_bnfold.folding.graph import ValueGraph
 from lit_bnfold.folding.kinds import KINDS, LayerKind
-from lit_bnfold.folding.moved import Function, moves, own_numbers, with_numbers
+from lit_bnfold.folding.moved import Function, moves, with_numbers
 from lit_bnfold.folding.record import Recorder
 from lit_bnfold.folding.search import make_plan
 from lit_bnfold.folding.tensors import tensors_in
@@ -189,7 +189,6 @@ class LayerWitness(Witness):
         modules = dict(pl_module.named_modules())
         self._moves = moves(plan, modules, KINDS)
         self._exact = exact_numbers(plan, modules, KINDS)
-        self._before = {name: own_numbers(modules[name], exact.kind) for name, exact in self._exact.items()}
         self._tolerance = tolerance
         self.errors = {name: OutputError().to(_device(pl_module)) for name in self._moves}
         self.exact_errors = {name: OutputError().to(_device(pl_module)) for name in self._moves}
@@ -240,8 +239,8 @@ class LayerWitness(Witness):
         """The function of a layer, whose output is compared with that of the unfolded layer and its BatchNorms."""
         if name not in self._moves:
             return function
-        kind = self._exact[name].kind
-        before = with_numbers(kind, self._before[name])
+        exact = self._exact[name]
+        kind, before = exact.kind, with_numbers(exact.kind, exact.before)
         expected = self._moves[name](before(function))
 
         def run(*args: Any, **kwargs: Any) -> Tensor:
@@ -260,7 +259,7 @@ class LayerWitness(Witness):
     def _check(self, name: str, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check the numbers that a folded layer was called with, and in float64 what they were rounded from."""
         exact = self._exact[name]
-        given = dict(zip(exact.kind.arguments, args, strict=False)) | kwargs
+        given = exact.kind.given(args, kwargs)
         wide = _in_float64(function)
         # Some tens of rows, or two images, for float64 is slow.
         examples = 64 if given["input"].dim() == 2 else 2
@@ -273,7 +272,7 @@ class LayerWitness(Witness):
             output = few(with_numbers(exact.kind, unrounded)(wide))(*args, **kwargs)
             # Not both at once: in float64, the numbers of a layer are large.
             unrounded.clear()
-            before = with_numbers(exact.kind, self._before[name])
+            before = with_numbers(exact.kind, exact.before)
             expected = few(self._moves[name](before(wide)))(*args, **kwargs)
         self.exact_errors[name].update(output, expected)
 

@@ -27,8 +27,6 @@ Report = dict[str, Any]
 _LONGEST = 30
 _MOST_FOLDS, _MOST_KEPT = 20, 10
 
-_REESTIMATED_COLUMNS = ("re-estimated", "folded", "difference")
-
 
 def make_report(
     plan: FoldingPlan,
@@ -143,7 +141,11 @@ def _mismatch(report: Report, batches: list[tuple[int, ...]]) -> str | None:
 
 
 def severity(error: float) -> float:
-    """How large an error counts as: one that is no number, as the largest."""
+    """An error as a key to sort by: NaN counts as infinite.
+
+    Args:
+        error: The error.
+    """
     return math.inf if math.isnan(error) else error
 
 
@@ -242,8 +244,8 @@ def _folds_table(report: Report, style: Mapping[str, Any]) -> Table:
 
 def _numbers_table(report: Report, style: Mapping[str, Any]) -> Table:
     reestimated = report["reestimated"]
-    columns = ["original", "folded", "difference"] if reestimated is None else ["as trained", *_REESTIMATED_COLUMNS]
-    table = Table("", *columns, **style)
+    trained = ["original"] if reestimated is None else ["as trained", "re-estimated"]
+    table = Table("", *trained, "folded", "difference", **style)
     for column in table.columns[1:]:
         column.justify = "right"
 

@@ -24,12 +24,15 @@ class ExactNumbers:
     Args:
         layer: The layer, before it is folded.
         kind: Its kind.
+
+    Attributes:
+        before: Its weight and its bias before it is folded, by attribute.
     """
 
     def __init__(self, layer: nn.Module, kind: LayerKind) -> None:
         self.kind = kind
         self._layer = layer
-        self._before = own_numbers(layer, kind)
+        self.before = own_numbers(layer, kind)
         self._steps: list[tuple[Fold, Part, Normalisation]] = []
 
     def take(self, fold: Fold, part: Part, numbers: Normalisation) -> None:
@@ -69,7 +72,7 @@ class ExactNumbers:
         return None
 
     def _after_steps(self, *, rounds_between: bool) -> dict[str, Tensor]:
-        before = dict(self._before)
+        before = dict(self.before)
         if before["weight"] is None:
             # A BatchNorm without numbers of its own, which takes another one.
             before["weight"] = torch.ones_like(self._layer.running_mean)  # type: ignore[arg-type]

@@ -144,8 +144,8 @@ def _recorded(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], 
     twin = twin_of(model)
     tape = Tape()
     recorder = Recorder(twin, kinds, lends=lends, evens=True, instead=tape.record)
-    # As much as the layer with the most numbers needs in float64, which is what folding in place may need as well. Asked
-    # late: the recorder has refused lazy parameters, which have no numbers yet.
+    # As much as the layer with the most numbers needs in float64, which is what folding in place may need as well. The
+    # recorder has refused lazy parameters, which have no numbers yet.
     tape.room = 8 * max((parameter.numel() for parameter in model.parameters()), default=0)
     try:
         return Run(recorder.graph, _run(twin, recorder, args, kwargs), tape, recorder.has_lent)

@@ -23,8 +23,8 @@ class SampledNames(Callback):
 
     Predicted names are printed one per line. On a terminal a star marks the ones that are training words, which are
     remembered rather than made up; what is piped into another program is the names and nothing else. Training is
-    the same with it and without it. TensorBoard shows ten of the steps that it has texts of; of all of them with
-    `--samples_per_plugin=text=0`.
+    the same with it and without it. TensorBoard shows ten of the steps that have texts, and all of them with
+    ``--samples_per_plugin=text=0``.
 
     Args:
         sampling: Which names.

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_bnfold.names.sampling import BLOCK, Sampling
+from lit_bnfold.names.sampling import BLOCK, Sampling, generator_of
 
 # The character that ends a word and fills the context before its first letter. Its index is 0.
 END = "."
@@ -246,9 +246,7 @@ class RandomBatches:
 
     def _generator(self, number: int) -> torch.Generator:
         """Return the generator of a block, or of a shuffle."""
-        # The sum of seed and number would give one seed the batches of the next. Python hashes a text, and torch's
-        # generator takes 32 bits.
-        return torch.Generator().manual_seed(random.Random(f"{self.seed}, {number}").getrandbits(32))
+        return generator_of(self.seed, number)
 
     def state_dict(self) -> dict[str, int]:
         """Return what decides, besides the trainer's count of batches, which ones come next.

@@ -128,10 +128,9 @@ class BatchNormMLP(FoldedLoading, LightningModule):
         super().__init__()
         n_hidden = [n_hidden] if isinstance(n_hidden, int) else list(n_hidden)
         milestones = list(milestones)
-        sizes = {"block_size": [block_size], "n_embd": [n_embd], "n_hidden": n_hidden, "milestones": milestones}
-        if cycle_steps is not None:
-            sizes["cycle_steps"] = [cycle_steps]
-        for name, values in {"vocab_size": [vocab_size], **sizes}.items():
+        sizes = {"vocab_size": [vocab_size], "block_size": [block_size], "n_embd": [n_embd], "n_hidden": n_hidden}
+        sizes |= {"milestones": milestones, "cycle_steps": [] if cycle_steps is None else [cycle_steps]}
+        for name, values in sizes.items():
             if not all(isinstance(value, int) and value > 0 for value in values):
                 raise ValueError(f"{name}: expected ints of at least 1, got {values}; pass positive whole numbers.")
         for name, factor in {"lr": lr, "gamma": gamma}.items():

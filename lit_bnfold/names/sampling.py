@@ -15,6 +15,17 @@ from torch import Tensor, nn
 BLOCK = 1_024
 
 
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """Make the generator of one of many streams of random numbers.
+
+    Args:
+        seed: The seed that all of them share.
+        number: The number of the stream.
+    """
+    # The sum of both would give one seed the streams of the next. Python hashes a text, and torch takes 32 bits.
+    return torch.Generator().manual_seed(random.Random(f"{seed}, {number}").getrandbits(32))
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Which names to sample, in ``predict`` and at each validation of ``fit``.
@@ -51,7 +62,7 @@ class Sampling:
         if self.number < 1:
             raise ValueError(f"number: expected at least 1 name, got {self.number}; pass a positive number.")
         if not (self.temperature > 0 and isfinite(self.temperature)):
-            raise ValueError(f"temperature: expected a number above 0, got {self.temperature}; try 1.")
+            raise ValueError(f"temperature: expected a finite number above 0, got {self.temperature}; try 1.")
         # An empty word is none.
         if self.min_length < 1:
             raise ValueError(f"min_length: expected at least 1 character, got {self.min_length}.")
@@ -87,8 +98,8 @@ def sample_names(
     The random numbers of a name depend on the seed, its number, the position and the character alone, so it is the same
     among however many names, in whatever batch and on whatever device. Each character is the one with the largest sum
     of logit and Gumbel noise: that is a draw from the softmax, and two networks make the same draw unless the two best
-    sums are closer to each other than their logits are. So a network and its folded version give the same names, with
-    these odds:
+    sums are closer to each other than their logits are. So a network and its folded version nearly always give the same
+    names.
 
     No way of sampling makes it certain. If d is the total variation distance between what two networks expect next,
     they cannot draw the same character more often than with probability 1 - d, and rounding both first makes the
@@ -169,11 +180,7 @@ def gumbel_noise(seed: int, indices: Tensor, vocab_size: int) -> Iterator[Tensor
         The numbers (B, vocab_size) of a position, float64, on the CPU, whose generator draws the same everywhere.
     """
     blocks, rows = indices // BLOCK, indices % BLOCK
-    # As for the training batches: a sum of seed and block would give one seed the names of the next.
-    generators = {
-        block: torch.Generator().manual_seed(random.Random(f"{seed}, {block}").getrandbits(32))
-        for block in blocks.unique().tolist()
-    }
+    generators = {block: generator_of(seed, block) for block in blocks.unique().tolist()}
     while True:
         uniform = torch.empty(len(indices), vocab_size, dtype=torch.float64)
         for block, generator in generators.items():

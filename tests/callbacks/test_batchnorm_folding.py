@@ -41,12 +41,10 @@ import lit_bnfold.callbacks.batchnorm_folding as the_callback
 import lit_bnfold.folding.rewrite as rewriting
 from lit_bnfold import BatchNormFolding, FoldingError, load_folded
 from lit_bnfold.folding import FoldingPlan
+from trainers import files_in, quiet_trainer
 
 pytestmark = [
-    # Lightning makes a tree specification in a way that newer versions of torch deprecate.
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    # Loaders without worker processes are what a small test wants, and a shuffled one is among the situations.
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    # A shuffled loader is among the situations.
     pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled"),
     # So is a loader that is missing.
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
@@ -167,21 +165,6 @@ def numbers(tensor: Any) -> object:
     return tensor.dtype, tensor.shape, tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def quiet_trainer(tmp_path: Path, **kwargs: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-        "default_root_dir": tmp_path,
-    }
-    return Trainer(**{**defaults, **kwargs})
-
-
 def fit(
     tmp_path: Path,
     module: LightningModule,
@@ -194,10 +177,6 @@ def fit(
     made = quiet_trainer(tmp_path, **{**trainer, "callbacks": [folding, *trainer.get("callbacks", [])]})
     made.fit(module, train or loader(), loader() if val == "as for training" else val)
     return made
-
-
-def files_in(path: Path) -> set[str]:
-    return {each.name for each in path.rglob("*") if each.is_file()}
 
 
 # The situations ------------------------------------------------------------------------------------------------------

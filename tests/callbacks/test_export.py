@@ -22,12 +22,6 @@ from lit_bnfold.callbacks.export import ExampleCall, check_extras, export_files,
 pytestmark = [
     # With older ones some modules are refused, in a sentence.
     pytest.mark.skipif(torch.__version__ < "2.13", reason="exports are promised from torch 2.13 on"),
-    # Lightning makes a tree specification in a way that newer versions of torch deprecate.
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    # Loaders without worker processes are what a small test wants.
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    # The ranks of a distributed fit are forked, which newer versions of Python deprecate beside threads.
-    pytest.mark.filterwarnings("ignore:.*use of fork.* may lead to deadlocks:DeprecationWarning"),
 ]
 
 Randomised = Callable[[nn.Module], nn.Module]

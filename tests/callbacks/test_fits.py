@@ -31,11 +31,9 @@ from torchmetrics import MeanMetric
 
 import lit_bnfold.callbacks.batchnorm_folding as the_callback
 from lit_bnfold import BatchNormFolding, FoldingError, load_folded
+from trainers import files_in, quiet_trainer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*use of fork.* may lead to deadlocks:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Swapping scheduler"),
     # A fit that goes on where another one has ended writes to the directory of that one.
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -88,25 +86,6 @@ class Tiny(Steps, LightningModule):
 
 class StandaloneTiny(Steps, pytorch_lightning.LightningModule):
     """The same under the other import name, whose classes are not those of `lightning.pytorch`."""
-
-
-def quiet_trainer(tmp_path: Path, make: Callable[..., Any] = Trainer, **kwargs: Any) -> Any:
-    defaults: dict[str, Any] = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-        "default_root_dir": tmp_path,
-    }
-    return make(**{**defaults, **kwargs})
-
-
-def files_in(path: Path) -> set[str]:
-    return {each.name for each in path.rglob("*") if each.is_file()}
 
 
 # Where it stands ------------------------------------------------------------------------------------------------------

@@ -23,13 +23,6 @@ from lit_bnfold.cli import main
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked"),
-    # In these tests the arguments of the process are pytest's, and those of `main` are given.
-    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended to run from within Python"),
-    # Lightning makes a tree specification in a way that newer versions of torch deprecate.
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    # Lightning calls what newer versions of jsonargparse deprecate.
-    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning:DeprecationWarning"),
-    pytest.mark.filterwarnings(r"ignore:[\s\S]*(was|were) deprecated in v4:DeprecationWarning"),
 ]
 
 QUIET = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]

@@ -14,13 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
 
-pytestmark = [
-    # Lightning makes a tree specification in a way that newer versions of torch deprecate.
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    # Loaders without worker processes are what a small test wants.
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-]
-
 
 class Tiny(LightningModule):
     def __init__(self) -> None:

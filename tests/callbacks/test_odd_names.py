@@ -28,7 +28,6 @@ from lit_bnfold.callbacks.validation import ValidationRun
 from lit_bnfold.folding import Fold, FoldingPlan, Kept, Part
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     # TensorBoard brings its own copies of libraries, and of what these say.
     pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated:DeprecationWarning"),
 ]

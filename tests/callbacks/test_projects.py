@@ -20,8 +20,6 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from lit_bnfold import BatchNormFolding, load_folded
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     # The lengths of packed batches say nothing of their number.
     pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size` from an ambiguous collection"),
 ]

@@ -20,18 +20,13 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import lit_bnfold.folding.rewrite as rewriting
 from lit_bnfold import BatchNormFolding, FoldingError, load_folded
 from lit_bnfold.callbacks.reestimation import Moments, Reestimation
+from trainers import quiet_trainer
 
 pytestmark = [
-    # Lightning makes a tree specification in a way that newer versions of torch deprecate.
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    # Loaders without worker processes are what a small test wants.
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     # Where only the measurement counts, nothing validates.
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
     # A module that is frozen in part says so itself.
     pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode at the start of training"),
-    # The ranks of a distributed fit are forked, which newer versions of Python deprecate beside threads.
-    pytest.mark.filterwarnings("ignore:.*use of fork.* may lead to deadlocks:DeprecationWarning"),
 ]
 
 Randomised = Callable[[nn.Module], nn.Module]
@@ -180,6 +175,7 @@ class Measuring(Callback):
 
     def __init__(self, batches: int, atol: float) -> None:
         self.batches, self.atol = batches, atol
+        self.has_measured = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         reestimation = Reestimation(pl_module, self.batches)
@@ -195,6 +191,7 @@ class Measuring(Callback):
             assert moments.count == len(flat)
             torch.testing.assert_close(moments.mean, flat.mean(0).double(), rtol=0, atol=self.atol)
             torch.testing.assert_close(moments.variance, flat.var(0, correction=1).double(), rtol=0, atol=self.atol)
+        self.has_measured = True
 
     def expected(self, pl_module: LightningModule, batches: list[Any]) -> dict[str, Tensor]:
         """The inputs of each BatchNorm, as a copy of the module that trains without dropout gets them."""
@@ -218,21 +215,6 @@ class Measuring(Callback):
         return {name: torch.cat(seen).detach() for name, seen in inputs.items()}
 
 
-def quiet_trainer(tmp_path: Path, **kwargs: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-        "default_root_dir": tmp_path,
-    }
-    return Trainer(**{**defaults, **kwargs})
-
-
 @pytest.mark.parametrize("batches", [2, 9])
 @pytest.mark.parametrize("module", [Tiny, Dropping, Attending, Convolutional, Twice, Special, Synchronised])
 def test_the_statistics_are_those_of_all_elements_at_once(
@@ -241,11 +223,13 @@ def test_the_statistics_are_those_of_all_elements_at_once(
     measuring = Measuring(batches, atol=1e-12)
     trainer = quiet_trainer(tmp_path, max_epochs=1, precision="64-true", callbacks=[measuring])
     trainer.fit(randomised(module()), loader())
+    assert measuring.has_measured
 
 
 def test_in_single_precision_they_are_those_up_to_rounding(tmp_path: Path, randomised: Randomised) -> None:
-    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[Measuring(3, atol=1e-6)])
-    trainer.fit(randomised(Convolutional()), loader())
+    measuring = Measuring(3, atol=1e-6)
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[measuring]).fit(randomised(Convolutional()), loader())
+    assert measuring.has_measured
 
 
 def moments_after_a_fit(tmp_path: Path, module: LightningModule, **trainer: Any) -> dict[str, Moments]:

@@ -21,8 +21,6 @@ import lit_bnfold.callbacks.export as exporting
 from lit_bnfold import BatchNormFolding, FoldingError
 from lit_bnfold.callbacks.stages import Stages
 
-pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
-
 STAGES = [
     "re-estimating statistics from 2 training batches",
     "validating the original",

@@ -27,8 +27,6 @@ from lit_bnfold import BatchNormFolding
 from lit_bnfold.callbacks.tensorboard import markdown
 from lit_bnfold.folding.algebra import scale_and_shift
 
-pytestmark = pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
-
 Randomised = Callable[[nn.Module], nn.Module]
 
 ATTACK = "<script>alert(1)</script>|`_*[x](y)"

@@ -37,18 +37,14 @@ from lit_bnfold.callbacks.validation import (
     run_validation,
 )
 from lit_bnfold.folding import FoldingError
+from trainers import quiet_trainer
 
 pytestmark = [
-    # Lightning makes a tree specification in a way that newer versions of torch deprecate.
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    # Loaders without worker processes are what a small test wants, and a shuffled one is among the situations.
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    # A shuffled loader is among the situations.
     pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled"),
     # So are loaders that are missing or empty.
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero"),
-    # A worker and the ranks of a distributed fit are forked, which newer versions of Python deprecate beside threads.
-    pytest.mark.filterwarnings("ignore:.*use of fork.* may lead to deadlocks:DeprecationWarning"),
     # Older versions of torchmetrics warn of a default, also where it is not used.
     pytest.mark.filterwarnings("ignore:The default value for `maximize` will be changed:FutureWarning"),
 ]
@@ -162,21 +158,6 @@ class Situation:
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
-def quiet_trainer(tmp_path: Path, make: Callable[..., Any] = Trainer, **kwargs: Any) -> Any:
-    defaults = {
-        "max_epochs": 1,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "log_every_n_steps": 1,
-        "default_root_dir": tmp_path,
-    }
-    return make(**{**defaults, **kwargs})
-
-
 def fit(situation: Situation, tmp_path: Path, probe: Probe) -> LightningModule:
     torch.manual_seed(0)
     module = situation.module()
@@ -185,7 +166,7 @@ def fit(situation: Situation, tmp_path: Path, probe: Probe) -> LightningModule:
     loaders: dict[str, Any] = {"datamodule": situation.datamodule}
     if situation.datamodule is None:
         loaders = {"train_dataloaders": situation.train(), "val_dataloaders": situation.val and situation.val()}
-    quiet_trainer(tmp_path, **arguments).fit(module, **loaders)
+    quiet_trainer(tmp_path, **{"max_epochs": 1} | arguments).fit(module, **loaders)
     return module
 
 
@@ -765,7 +746,7 @@ def test_the_other_import_name_of_lightning_works(tmp_path: Path) -> None:
         pass
 
     probe = StandaloneProbe()
-    trainer = quiet_trainer(tmp_path, pytorch_lightning.Trainer, callbacks=[probe])
+    trainer = quiet_trainer(tmp_path, pytorch_lightning.Trainer, max_epochs=1, callbacks=[probe])
     trainer.fit(StandaloneTiny(), loader(), loader())
     first, second = probe.runs
     assert first == second
@@ -775,7 +756,7 @@ def test_the_other_import_name_of_lightning_works(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("interval", [1, 5])
 def test_a_resumed_fit_validates_all_batches(interval: int, tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path)
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
     trainer.fit(Tiny(), loader(), loader())
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     probe = Probe()
@@ -807,7 +788,7 @@ def test_the_ranks_of_a_distributed_fit_agree_on_the_returned_loss(tmp_path: Pat
         return DataLoader(examples(12), batch_size=2)
 
     arguments = {"strategy": "ddp_fork", "devices": 2, **NEVER_VALIDATED}
-    trainer = quiet_trainer(tmp_path, callbacks=[AssertingProbe()], **arguments)
+    trainer = quiet_trainer(tmp_path, callbacks=[AssertingProbe()], **{"max_epochs": 1} | arguments)
     trainer.fit(Silent(), loaders(), loaders())
 
 
@@ -975,7 +956,7 @@ def test_training_steps_run_under_the_other_import_name_of_lightning(tmp_path: P
         pass
 
     probe = StandaloneProbe()
-    trainer = quiet_trainer(tmp_path, pytorch_lightning.Trainer, callbacks=[probe])
+    trainer = quiet_trainer(tmp_path, pytorch_lightning.Trainer, max_epochs=1, callbacks=[probe])
     trainer.fit(StandaloneTiny(), loader(), loader())
     assert probe.steps == [3, 3]
     assert probe.trace() == {}
