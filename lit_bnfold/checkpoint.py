@@ -7,6 +7,7 @@ One more key in the state dict is there for whoever loads the file in the ordina
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from lit_bnfold.copying import eval_copy
 from lit_bnfold.folding import FoldingError, FoldingPlan
 from lit_bnfold.folding.kinds import Rest
 from lit_bnfold.folding.rewrite import Zero, fold_structure
@@ -202,11 +204,16 @@ def save_folded(
         path: Where the file goes.
         progress: What the file says of the training, such as its ``global_step``, if that was not the Trainer's own.
         outdated: Files that tell of an older one, or were made with it: they go when it does.
+
+    Raises:
+        UnfaithfulError: If what the module writes leads to another one when it is loaded; then nothing is written.
+        OSError: If the file cannot be written.
     """
 
     def add(checkpoint: dict[str, Any]) -> None:
         _add_manifest(plan, checkpoint)
         checkpoint.update(progress or {})
+        _check_is_whole(pl_module, plan, checkpoint)
 
     undo = _add_to_hook(pl_module, "on_save_checkpoint", add)
     try:
@@ -370,6 +377,60 @@ def _add_manifest(plan: FoldingPlan, checkpoint: dict[str, Any]) -> None:
         plan = FoldingPlan((*before.folds, *plan.folds), plan.kept)
     checkpoint[MANIFEST] = plan.to_dict()
     checkpoint["state_dict"][SIGNPOST] = torch.zeros(0)
+
+
+class UnfaithfulError(FoldingError):
+    """A module writes checkpoints from which another one is loaded."""
+
+
+def _check_is_whole(pl_module: LightningModule, plan: FoldingPlan, checkpoint: Mapping[str, Any]) -> None:
+    """Make sure that a checkpoint holds each folded layer as it is, and nothing of a folded BatchNorm."""
+    if _first_loss(pl_module, plan, checkpoint["state_dict"]) is None:
+        return
+    # Perhaps the module writes under other names, and knows them when it loads.
+    try:
+        copied = eval_copy(pl_module, (), _trainer_of(pl_module))
+        for _, tensor in _folded_tensors(copied, plan):
+            tensor.fill_(torch.nan)
+        loaded = dict(checkpoint) | {"state_dict": copy.copy(checkpoint["state_dict"])}
+        loaded["state_dict"].pop(SIGNPOST)
+        copied.on_load_checkpoint(loaded)
+        copied.load_state_dict(loaded["state_dict"], strict=copied.strict_loading)
+        lost = _first_loss(pl_module, plan, dict(_folded_tensors(copied, plan)))
+    except Exception as error:
+        raise UnfaithfulError(f"its folded.ckpt could not be loaded again: {error}") from error
+    if lost is not None:
+        raise UnfaithfulError(
+            f"its folded.ckpt would not hold `{lost}` as it is folded, for the module's `state_dict` or "
+            "`on_save_checkpoint` leaves it out or changes it"
+        )
+
+
+def _first_loss(pl_module: nn.Module, plan: FoldingPlan, state: Mapping[str, Any]) -> str | None:
+    """The name of the first tensor that a state lacks or has otherwise, or has of a BatchNorm that is gone."""
+    gone = tuple(f"{fold.batchnorm}." for fold in plan.folds)
+    whole = {name for name, _ in pl_module.named_parameters(remove_duplicate=False)}
+    whole |= {name for name, _ in pl_module.named_buffers(remove_duplicate=False)}
+    for name in state:
+        if name.startswith(gone) and name not in whole and not name.endswith("._extra_state"):
+            return name
+    for name, tensor in _folded_tensors(pl_module, plan):
+        saved = state.get(name)
+        if not isinstance(saved, torch.Tensor) or (saved.shape, saved.dtype) != (tensor.shape, tensor.dtype):
+            return name
+        if not torch.allclose(saved.to(tensor.device), tensor, rtol=0.0, atol=0.0, equal_nan=True):
+            return name
+    return None
+
+
+def _folded_tensors(module: nn.Module, plan: FoldingPlan) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights and biases of the layers that took a BatchNorm, by name."""
+    modules = dict(module.named_modules())
+    for layer in dict.fromkeys(layer for fold in plan.folds for layer in fold.layers):
+        for key in ("weight", "bias"):
+            tensor = modules[layer]._parameters.get(key)
+            if tensor is not None:
+                yield f"{layer}.{key}", tensor.detach()
 
 
 def _take_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Trainer
@@ -40,13 +40,16 @@ def whole_file(path: Path, trainer: Trainer, outdated: Sequence[Path] = ()) -> I
             trainer.strategy.checkpoint_io = _PlainCheckpointIO()
         yield part
         if trainer.is_global_zero:
+            if not part.exists():
+                written_by = type(trainer.strategy.checkpoint_io).__name__
+                raise FileNotFoundError(f"{written_by} wrote no file of the name that it was given, for {path}")
             with part.open("rb+") as file:
                 os.fsync(file.fileno())
             for other in outdated:
                 other.unlink(missing_ok=True)
             part.replace(path)
     except OSError as error:
-        raise _naming(error, path) from error
+        _raise_naming(error, path)
     finally:
         trainer.strategy.checkpoint_io = own_io
         if trainer.is_global_zero:
@@ -96,7 +99,7 @@ class WholeCheckpointIO(_PlainCheckpointIO):
             super().save_checkpoint(checkpoint, part)
             part.replace(path)
         except OSError as error:
-            raise _naming(error, path) from error
+            _raise_naming(error, path)
         finally:
             part.unlink(missing_ok=True)
 
@@ -105,8 +108,8 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-def _naming(error: OSError, path: Path) -> OSError:
+def _raise_naming(error: OSError, path: Path) -> NoReturn:
     # A full disk is reported without the file that no longer fitted on it, and the part's name is of no interest.
     if error.errno is None or error.filename not in (None, str(_beside(path))):
-        return error
-    return OSError(error.errno, error.strerror, str(path))
+        raise error
+    raise OSError(error.errno, error.strerror, str(path)) from error

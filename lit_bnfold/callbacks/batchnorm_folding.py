@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lit_bnfold.callbacks.advice import how_to_fold
 from lit_bnfold.callbacks.best_weights import Best, best_of, best_score, best_weights
-from lit_bnfold.callbacks.export import FILES, ExampleCall, Export, check_extras, export_files, first_call
+from lit_bnfold.callbacks.export import FILES, ExampleCall, Export, check_extras, export_files, first_call, reason_of
 from lit_bnfold.callbacks.html_report import write_html
-from lit_bnfold.callbacks.inference import Inference, eval_copy, measure_inference, runnable_copy
+from lit_bnfold.callbacks.inference import Inference, measure_inference, runnable_copy
 from lit_bnfold.callbacks.proof import GraphWitness, LayerWitness, Witness, output_error
 from lit_bnfold.callbacks.reestimation import Reestimation
 from lit_bnfold.callbacks.report import Report, make_report, print_report, scalars, write_report
@@ -33,15 +33,20 @@ from lit_bnfold.callbacks.validation import (
     first_training_batch,
     run_validation,
     same_random_numbers,
+    weights_put_back,
+    with_state_dict,
+    writes_of,
 )
 from lit_bnfold.checkpoint import (
     SHARDED_STRATEGIES,
+    UnfaithfulError,
     one_file,
     progress_of_training,
     save_folded,
     stay_folded,
     take_folded,
 )
+from lit_bnfold.copying import eval_copy
 from lit_bnfold.folding import FoldingError, FoldingPlan
 from lit_bnfold.folding.kinds import KINDS
 from lit_bnfold.folding.rewrite import folded_in_place
@@ -77,7 +82,8 @@ class BatchNormFolding(Callback):
         tolerance: Largest error of a layer or an output that counts as agreement, in units of the largest output.
             By default it follows the dtype and the precision: 1e-4 in float32.
         on_mismatch: What happens if the versions do not agree, or there is nothing to compare them on: ``raise`` a
-            FoldingError, or ``warn`` and keep the unfolded module. Nothing is written in either case.
+            FoldingError, or ``warn`` and keep the unfolded module. Nothing is written in either case. Where a hook of
+            the module cannot run in these validations, its error ends the fit, or is the warning.
         reestimate_batches: From how many training batches the BatchNorm statistics are computed anew before folding:
             the true mean and variance over all of them, by running ``training_step`` without training. With 0 those
             that training left are folded. The module has its own back afterwards, unless ``replace`` is set.
@@ -94,8 +100,8 @@ class BatchNormFolding(Callback):
     Attributes:
         plan: What was folded and what stays, after ``fit``; None before.
         report: What the proof measured, as a plain dict; None before.
-        folded_module: The folded module in eval mode, ready for use; None before, after a mismatch, and for a module
-            that cannot be copied.
+        folded_module: The folded module in eval mode, ready for use, or, with ``replace``, the trainer's own, in the
+            mode it is in; None before, after a mismatch, and for a module that cannot be copied.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -144,6 +150,8 @@ class BatchNormFolding(Callback):
         self.report: Report | None = None
         self.folded_module: LightningModule | None = None
         self._progress: dict[str, Any] = {}
+        # The one that the weights which are folded were validated in.
+        self._epoch: int | None = None
         self._stages = Stages()
         # The best checkpoint that there was when training began.
         self._found_best = Best("", None)
@@ -159,6 +167,7 @@ class BatchNormFolding(Callback):
             FoldingError: If the strategy shards the module.
             ModuleNotFoundError: If an export needs what is not installed.
             NotADirectoryError: If ``dirpath`` is a file.
+            ValueError: If ``dirpath``, or else the logger's directory, is not on this machine.
         """
         self._end_taking_folded()
         # The checkpoint that this run begins from, if it is folded, is loaded next.
@@ -169,6 +178,8 @@ class BatchNormFolding(Callback):
         self.plan = self.report = self.folded_module = self._resumed = None
         self._has_tried = False
         self._check_dirpath()
+        if self.dirpath is None:
+            _local(trainer.log_dir or trainer.default_root_dir)
         strategy = type(trainer.strategy).__name__
         if strategy in SHARDED_STRATEGIES:
             raise FoldingError(
@@ -182,15 +193,20 @@ class BatchNormFolding(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say if there is nothing to fold or to prove it on, now that the module has built whatever it builds late."""
         self._end_taking_folded()
-        self._resumed = trainer.ckpt_path
+        self._resumed, self._epoch = trainer.ckpt_path, None
         self._found_best = best_of(trainer)
-        if not any(KINDS.batchnorm(module) for module in pl_module.modules()):
+        if not _has_batchnorms(pl_module):
             rank_zero_warn(f"BatchNormFolding has nothing to fold: {type(pl_module).__name__} has no BatchNorm.")
         elif not trainer.enable_validation and pl_module.example_input_array is None:
             rank_zero_info(
                 "BatchNormFolding will find nothing to validate on, and will try `forward` on what a training batch "
                 "begins with. If that is not what it takes, set `example_input_array`, or give a validation loader."
             )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the epoch, which the validations at the end shall have as well."""
+        if not trainer.sanity_checking:
+            self._epoch = trainer.current_epoch
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fold and prove.
@@ -200,9 +216,13 @@ class BatchNormFolding(Callback):
                 ``on_mismatch`` is ``raise``.
         """
         self._has_tried = True
-        directory = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
-        validate = partial(run_validation, trainer, pl_module)
+        directory = _local(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+
+        def validate(callbacks: Sequence[Callback]) -> ValidationRun | None:
+            return run_validation(trainer, pl_module, callbacks, self._epoch)
+
         with (
+            self._failures_as_agreed(trainer),
             self._stages.shown(trainer),
             self._chosen_weights(trainer, pl_module) as weights,
             self._as_in_the_first_process(trainer, pl_module),
@@ -211,8 +231,21 @@ class BatchNormFolding(Callback):
         ):
             best = None if weights == "last" else best_score(trainer)
             self._fold(trainer, pl_module, validate, directory, weights, reestimated, best)
-        self._log(trainer)
-        self._tell_failed_exports()
+        with self._failures_as_agreed(trainer):
+            self._log(trainer)
+            self._tell_failed_exports()
+
+    @contextmanager
+    def _failures_as_agreed(self, trainer: Trainer) -> Iterator[None]:
+        """Raise or warn, as for a mismatch, where something fails, such as a hook that cannot validate once more."""
+        try:
+            yield
+        except Exception as error:
+            # Of several processes this may be the only one that fails, and the others wait for it.
+            if self.on_mismatch == "raise" or trainer.world_size > 1:
+                raise
+            self._stages.clear()
+            rank_zero_warn(f"BatchNormFolding did not come to its end: {reason_of(error)}.")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was."""
@@ -273,7 +306,7 @@ class BatchNormFolding(Callback):
         check_extras(self.export)
         self._check_dirpath()
         self.plan = self.report = self.folded_module = None
-        directory = Path(self.dirpath or Path(ckpt_path).parent)
+        directory = _local(self.dirpath or Path(ckpt_path).parent)
         others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         is_loaded = False
 
@@ -308,7 +341,7 @@ class BatchNormFolding(Callback):
         self._tell_failed_exports()
 
     def _check_dirpath(self) -> None:
-        if self.dirpath is not None and Path(self.dirpath).is_file():
+        if self.dirpath is not None and _local(self.dirpath).is_file():
             raise NotADirectoryError(f"dirpath: expected a directory, found a file at {self.dirpath}.")
 
     def _validate_checkpoint(
@@ -354,9 +387,12 @@ class BatchNormFolding(Callback):
         """The order of events: validate and watch, plan, fold, validate again, compare, write."""
         # A checkpoint that this training went on from may have brought the report of an earlier one.
         self.report = None
+        writes = [(parameter, writes_of(parameter)) for parameter in pl_module.parameters()]
         try:
             original, before = self._watch_original(trainer, pl_module, validate, lends=lends)
         except _NothingToProveOnError as error:
+            if not _has_batchnorms(pl_module):
+                return  # As was said when training began.
             if self.on_mismatch == "raise":
                 raise
             rank_zero_warn(f"{error} Nothing was folded.")
@@ -367,8 +403,16 @@ class BatchNormFolding(Callback):
         trained = {address_of(parameter) for parameter in pl_module.parameters()}
         self._stages.begin(f"validating with {len(plan.folds)} of {len(plan.folds) + len(plan.kept)} folded")
         unfolded, start = runnable_copy(pl_module, trainer), time.perf_counter()
+        # A hook of the module may put other weights into it for the time of a validation.
+        written = [parameter for parameter, before in writes if writes_of(parameter) != before]
+        state = pl_module.state_dict()
         with folded_in_place(plan, pl_module):
-            with folded, first_call(pl_module) as calls:
+            with (
+                folded,
+                first_call(pl_module) as calls,
+                weights_put_back(written),
+                with_state_dict(pl_module, state),
+            ):
                 after = validate([] if original.is_of_an_example else [folded])
                 seconds = time.perf_counter() - start
                 if original.is_of_an_example:
@@ -480,7 +524,11 @@ class BatchNormFolding(Callback):
             # The report comes last and goes first: where it lies, it tells of the files beside it.
             outdated = [report, page, *(directory / name for name in FILES.values())]
             self._stages.begin("writing folded.ckpt")
-            save_folded(trainer, pl_module, plan, directory / "folded.ckpt", self._progress, outdated)
+            try:
+                save_folded(trainer, pl_module, plan, directory / "folded.ckpt", self._progress, outdated)
+            except UnfaithfulError as error:
+                self.report["mismatch"] = str(error)
+                return
             tolerance = self.tolerance or dtype_tolerance(pl_module)
             self.report["exports"] = export_files(
                 self.export, trainer, folded, calls, directory, tolerance, self._stages.begin
@@ -554,7 +602,9 @@ class BatchNormFolding(Callback):
                 rank_zero_warn("BatchNormFolding found no best checkpoint; it folds the last weights.")
             yield "last"
             return
-        with best_weights(trainer, pl_module, best, self._found_best, unless=lambda: self.folded_module is pl_module):
+        with best_weights(
+            trainer, pl_module, best, self._found_best, unless=lambda: self.folded_module is pl_module
+        ) as self._epoch:
             yield f"best: {best.path}"
 
     @contextmanager
@@ -588,6 +638,21 @@ class BatchNormFolding(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the report of an earlier run."""
         self.report = state_dict or None
+
+
+def _has_batchnorms(pl_module: LightningModule) -> bool:
+    return any(KINDS.batchnorm(module) for module in pl_module.modules())
+
+
+def _local(directory: str | Path) -> Path:
+    """A directory of this machine, which may be given as a URL."""
+    path = str(directory).removeprefix("file://")
+    if "://" in path:
+        raise ValueError(
+            f"BatchNormFolding writes to a directory of this machine, got {directory}; give one as `dirpath`, and copy "
+            "the files from there."
+        )
+    return Path(path)
 
 
 def _copy_numbers(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:

@@ -52,7 +52,7 @@ def best_score(trainer: Trainer) -> tuple[str, float] | None:
 @contextmanager
 def best_weights(
     trainer: Trainer, pl_module: LightningModule, best: Best, before: Best, unless: Callable[[], bool]
-) -> Iterator[None]:
+) -> Iterator[int | None]:
     """Put the weights of the best checkpoint into a module for a while; afterwards it has its own back.
 
     Args:
@@ -61,6 +61,9 @@ def best_weights(
         best: The best checkpoint that there is.
         before: The best checkpoint that there was when training began.
         unless: Whether the module keeps at the end what it then has.
+
+    Yields:
+        The epoch that the checkpoint was made in; None if it does not say.
 
     Raises:
         FoldingError: If the checkpoint was there before and holds what could run any code when it is read.
@@ -72,8 +75,9 @@ def best_weights(
         with module_put_back(trainer, pl_module, unless=unless):
             pl_module.on_load_checkpoint(checkpoint)
             pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+            epoch = checkpoint.get("epoch")
             del checkpoint  # as large as the module, and its optimizer's state as well
-            yield
+            yield epoch
     finally:
         if not unless():
             pl_module.load_state_dict(last, strict=pl_module.strict_loading)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_bnfold.callbacks.export import NO_CALL, ExampleCall, quietly, reason_of
 from lit_bnfold.callbacks.validation import same_random_numbers
+from lit_bnfold.copying import eval_copy
 from lit_bnfold.folding import FoldingError
-from lit_bnfold.folding.copying import copy_model, stand_in
 from lit_bnfold.folding.tensors import tensors_in
 
 Inference = dict[str, Any]
@@ -50,26 +50,6 @@ _MOST_MEMORY = 2**30
 class _Versions(NamedTuple):
     original: nn.Module
     folded: nn.Module
-
-
-def eval_copy(
-    pl_module: LightningModule, shared: Iterable[nn.Parameter], trainer: Trainer | None = None
-) -> LightningModule:
-    """A copy in eval mode, without a Trainer.
-
-    Args:
-        pl_module: The module.
-        shared: Those of its parameters whose memory the copy is built around.
-        trainer: The Trainer that the module is attached to, if it is.
-
-    Raises:
-        FoldingError: If it cannot be copied, such as a module with a lock.
-    """
-    pl_module.trainer = None
-    try:
-        return copy_model(pl_module, {id(parameter): stand_in(parameter) for parameter in shared}).eval()
-    finally:
-        pl_module.trainer = trainer
 
 
 def runnable_copy(pl_module: LightningModule, trainer: Trainer | None = None) -> LightningModule | None:

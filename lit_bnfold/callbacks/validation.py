@@ -6,6 +6,9 @@ never spelled out: whole objects are put back as they were, with whatever attrib
 them.
 """
 
+from __future__ import annotations
+
+import copy
 import random
 import warnings
 from collections import OrderedDict, defaultdict, deque
@@ -14,6 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass
 from functools import partial, singledispatch
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -26,6 +30,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin, is_lazy  # type: ignore[attr-defined]
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -40,6 +45,11 @@ _GENERATORS = (torch.Generator, random.Random, numpy.random.Generator, numpy.ran
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
 _OPENED = (nn.Module, dict, list, tuple, deque, set, *_GENERATORS)
 _HOOKS = tuple(name for name in dir(Callback) if name.startswith("on_"))
+# Where loaders, their datasets and those in turn keep what may draw random numbers.
+_INSIDE_LOADERS = (
+    *("sampler", "batch_sampler", "dataset", "datasets", "collate_fn"),
+    *("transform", "transforms", "target_transform"),
+)
 _LIVE_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 
@@ -70,19 +80,21 @@ class ValidationRun:
 
 
 def run_validation(
-    trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[Callback] = ()
+    trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[Callback] = (), epoch: int | None = None
 ) -> ValidationRun | None:
     """Run the validation of ``pl_module`` once and put everything back as it was, also when validation raises.
 
-    Every run draws the same random numbers, so two runs differ only by what was changed between them. Loggers write
-    nothing, and of all callbacks only ``callbacks`` get their validation hooks called. What stays: files that the
-    module writes by itself, parameters and plain tensor attributes that it changes in place, and, if the fit has not
-    validated before, the validation loaders, so that the next run reads the same ones.
+    Every run draws the same random numbers, so two runs differ only by what was changed between them. Loggers and
+    ``trainer.save_checkpoint`` write nothing, and of all callbacks ``callbacks`` alone get their validation hooks
+    called. What stays: files that the module writes by itself, what it changes in place in parameters, plain tensor
+    attributes and objects other than Python's containers and torchmetrics, and, if the fit has not validated before,
+    the validation loaders, so that the next run reads the same ones.
 
     Args:
         trainer: A Trainer in ``fit``, at a point where no validation runs, such as ``on_train_end``; all ranks of it.
         pl_module: The module that ``trainer`` fits.
         callbacks: The callbacks that measure. What they keep on themselves stays.
+        epoch: Which epoch it shall be for the module; by default the Trainer's current one.
 
     Returns:
         What validation logged, or None if there is nothing to validate on: no ``validation_step``, no validation
@@ -96,7 +108,7 @@ def run_validation(
         return None
     returned_loss = _ReturnedLoss()
     stale = dict(trainer._logger_connector._callback_metrics)
-    with _sandbox(trainer, pl_module, [*callbacks, returned_loss]):
+    with _sandbox(trainer, pl_module, [*callbacks, returned_loss], epoch):
         loop.run()
         # Lightning puts a new tensor under each key that it updates, so whatever is not an old object was logged now.
         logged = {key: value for key, value in trainer.callback_metrics.items() if value is not stale.get(key)}
@@ -143,12 +155,15 @@ def run_training_steps(
         with _training_sandbox(trainer, pl_module):
             for module, flag in flags.items():
                 module.training = flag
+            put_back = _way_back([*map(_Weight, pl_module.parameters()), *_module_parts(trainer, pl_module)])
             for batch in _training_batches(trainer, pl_module, batches):
-                with _put_back(_weights(pl_module)), module_put_back(trainer, pl_module):
+                try:
                     for parameter in pl_module.parameters():
                         parameter.grad = None
                     with trainer.precision_plugin.train_step_context(), watching:
                         _training_step(pl_module, batch, done)
+                finally:
+                    put_back()
                 done += 1
     return done
 
@@ -207,11 +222,16 @@ def _training_step(pl_module: LightningModule, batch: Any, batch_idx: int) -> No
 
 
 @contextmanager
-def _sandbox(trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[Callback]) -> Iterator[None]:
+def _sandbox(
+    trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[Callback], epoch: int | None
+) -> Iterator[None]:
     """Ready ``trainer`` for a validation run in which only ``callbacks`` take part, and take all of it back."""
     loop = trainer.fit_loop.epoch_loop.val_loop
-    with _no_trace(trainer, pl_module, loop, callbacks):
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    with _put_back([vars(epochs)]), _no_trace(trainer, pl_module, loop, callbacks):
         trainer.validating = True
+        # At the end of a training the next epoch is the current one.
+        epochs.completed = trainer.current_epoch if epoch is None else epoch
         loop.batch_progress = type(loop.batch_progress)()
         loop._results = type(loop._results)(training=False)
         loop._module_mode = type(loop._module_mode)()
@@ -254,7 +274,8 @@ def _no_trace(
             stack.enter_context(_muted_logger(logger))
         for callback in others:
             stack.enter_context(_muted_callback(callback))
-        vars(trainer).update(callbacks=[*others, *callbacks], profiler=PassThroughProfiler())
+        silent = {"profiler": PassThroughProfiler(), "save_checkpoint": _nothing}
+        vars(trainer).update(callbacks=[*others, *callbacks], **silent)
         # Copies, not empty dicts: a hook of the module may read what training logged.
         for name in _LIVE_METRICS:
             setattr(connector, name, dict(getattr(connector, name)))
@@ -293,7 +314,7 @@ def _trainer_parts(trainer: Trainer, loop: Any) -> Iterator[object]:
 
 
 def _loader_parts(loop: Any) -> list[object]:
-    """List the loaders of a loop with their samplers and datasets, as far as these have attributes."""
+    """List the loaders of a loop with what they draw from and transform with, as far as these have attributes."""
     combined_loader = loop._combined_loader
     assert combined_loader is not None
     parts: list[object] = []
@@ -302,7 +323,8 @@ def _loader_parts(loop: Any) -> list[object]:
         part = pending.pop()
         if hasattr(part, "__dict__") and not any(part is known for known in parts):
             parts.append(part)
-            pending += [vars(part).get(name) for name in ("sampler", "batch_sampler", "dataset")]
+            found = [vars(part).get(name) for name in _INSIDE_LOADERS]
+            pending += [each for item in found for each in (item if isinstance(item, (list, tuple)) else [item])]
     return parts
 
 
@@ -356,9 +378,13 @@ class _Weight:
     parameter: nn.Parameter
 
 
-def _weights(pl_module: LightningModule) -> Iterator[_Weight]:
-    """Yield the parameters of ``pl_module``, for steps that may write into them."""
-    yield from map(_Weight, pl_module.parameters())
+def weights_put_back(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    """Put the numbers and the gradients of parameters back as they are on entry.
+
+    Args:
+        parameters: The parameters.
+    """
+    return _put_back(map(_Weight, parameters))
 
 
 # How it is put back: the very same object gets its old content, so that whoever else holds it sees no difference -----
@@ -367,14 +393,24 @@ def _weights(pl_module: LightningModule) -> Iterator[_Weight]:
 @contextmanager
 def _put_back(parts: Iterable[object], unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Put every one of ``parts`` back, in place, to the state that it has on entry."""
-    with ExitStack() as stack:
-        for part in parts:
-            stack.callback(_undo(part))
-        try:
-            yield
-        finally:
-            if unless():
-                stack.pop_all()
+    put_back = _way_back(parts)
+    try:
+        yield
+    finally:
+        if not unless():
+            put_back()
+
+
+def _way_back(parts: Iterable[object]) -> Callable[[], None]:
+    """Return the call that puts every one of ``parts`` back to the state that it has now, as often as it is made."""
+    undos = [_undo(part) for part in parts]
+
+    def put_back() -> None:
+        with ExitStack() as stack:  # one that fails keeps none of the others from being made
+            for undo in undos:
+                stack.callback(undo)
+
+    return put_back
 
 
 @singledispatch
@@ -410,6 +446,11 @@ def _(part: list[Any] | deque[Any] | set[Any]) -> Callable[[], object]:
 
 
 @_undo.register
+def _(part: UninitializedTensorMixin) -> Callable[[], object]:
+    return _nothing  # It has neither numbers nor a flag yet.
+
+
+@_undo.register
 def _(part: nn.Parameter) -> Callable[[], object]:
     return partial(part.requires_grad_, part.requires_grad)
 
@@ -417,14 +458,28 @@ def _(part: nn.Parameter) -> Callable[[], object]:
 @_undo.register
 def _(part: Tensor) -> Callable[[], object]:
     # On the CPU, where a second copy of a large buffer does no harm.
-    before = part.detach().to("cpu", copy=True)
+    before, version = part.detach().to("cpu", copy=True), writes_of(part)
 
     def put_back() -> None:
-        if not torch.equal(part.detach().cpu(), before):
+        # Torch cannot compare sparse tensors.
+        is_strided = part.layout is torch.strided
+        if not torch.equal(part.detach().cpu(), before) if is_strided else writes_of(part) != version:
             with torch.no_grad():
                 part.copy_(before)
 
     return put_back
+
+
+def writes_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written in place.
+
+    Args:
+        tensor: A tensor of any shape.
+
+    Returns:
+        The number; None for one that is lazy, or of inference mode, of which torch does not count that.
+    """
+    return None if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 @_undo.register
@@ -478,11 +533,54 @@ def same_random_numbers(seed: int) -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
+@contextmanager
+def with_state_dict(pl_module: LightningModule, state: Mapping[str, Any]) -> Iterator[None]:
+    """Have the ``state_dict`` of a module give what it gave before the module was folded for a while.
+
+    A hook that keeps the weights which validated best shall not keep those of a version that will be gone.
+
+    Args:
+        pl_module: The module.
+        state: What it gave. Its tensors hold on to the memory that each parameter had then.
+    """
+    attributes = vars(pl_module)
+    with _put_back([attributes]):
+        attributes["state_dict"] = lambda *args, **kwargs: copy.copy(state)
+        yield
+
+
 # What is kept silent -------------------------------------------------------------------------------------------------
 
 
 def _nothing(*args: object, **kwargs: object) -> None:
     """Stand in for a method that must not run."""
+
+
+class _MutedExperiment(_DummyExperiment):
+    """Answers what a logger's experiment is asked, such as where it writes, and does nothing that it is told."""
+
+    def __init__(self, logger: Logger, loud: type[Logger]) -> None:
+        self._logger, self._loud = logger, loud
+
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(self._loud, "experiment", None)
+        experiment = own.__get__(self._logger) if isinstance(own, property) else vars(self._logger).get("experiment")
+        told = getattr(experiment, name)
+        is_answer = type(told) in WITHOUT_TENSORS or isinstance(told, Path) or name.startswith("get_")
+        return told if is_answer else _Anything()
+
+
+class _Anything(_DummyExperiment):
+    """Stands in for whatever belongs to an experiment: it can be called, asked for items and given some."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Anything:
+        return self
+
+    def __getattr__(self, name: str) -> _Anything:
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 @contextmanager
@@ -491,7 +589,7 @@ def _muted_logger(logger: Logger) -> Iterator[None]:
     loud = type(logger)
     writers = [name for name in dir(loud) if name.startswith("log") or name in ("save", "finalize")]
     silent: dict[str, Any] = {name: _nothing for name in writers if callable(getattr(loud, name))}
-    silent["experiment"] = property(lambda _: _DummyExperiment())
+    silent["experiment"] = property(lambda muted: _MutedExperiment(muted, loud))
     logger.__class__ = type(loud.__name__, (loud,), silent)
     try:
         yield

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.data import DataLoader, Dataset
 
 from lit_bnfold.folding.graph import FoldingError
 from lit_bnfold.folding.kinds import own_tensors
@@ -23,6 +24,8 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 # For its hooks and the like, every module has a dozen of dicts, which it shares with nobody and which are mostly empty.
 _DICTS_OF_EACH = {key for key, value in vars(nn.Module()).items() if type(value) in _CONTAINERS}
+
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 # These only give objects of older versions what they lack.
 _USUAL_SETSTATE = (nn.Module.__setstate__, _ConvNd.__setstate__)
@@ -58,7 +61,7 @@ def stand_in(tensor: Tensor) -> Tensor:
 
 
 def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
-    """Copy a model; a tensor that its last run left on it with a gradient history is copied without that.
+    """Copy a model, but for its data sets; a tensor that its last run left with a gradient history is copied without.
 
     Args:
         model: The model.
@@ -68,11 +71,13 @@ def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
         FoldingError: If it cannot be copied.
     """
     modules, memo = _inside_first(model), memo or {}
-    known = {id(tensor): tensor.detach().clone() for tensor in tensors_in(_held(modules)) if not tensor.is_leaf} | memo
+    # Tensors with a history, and sparse ones, which Python cannot copy.
+    odd = (each for each in tensors_in(_held(modules)) if not each.is_leaf or each.layout in _COMPRESSED)
+    known = {id(tensor): tensor.detach().clone() for tensor in odd} | memo
     ordinary = {kind for kind in set(map(type, modules)) if _is_ordinary(kind)}
-    # There is one of each module of Python, and Python does not copy it.
-    others = [value for module in modules if type(module) not in ordinary for value in vars(module).values()]
-    known |= {id(value): value for value in others if type(value) is ModuleType}
+    # There is one of each module of Python, and Python does not copy it. Data is not part of a model.
+    attributes = [value for module in modules for value in vars(module).values()]
+    known |= {id(value): value for value in attributes if isinstance(value, (ModuleType, Dataset, DataLoader))}
     try:
         copied = _deepcopy(model, [module for module in modules if type(module) in ordinary], known)
     except Exception as error:

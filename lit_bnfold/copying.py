@@ -1,0 +1,28 @@
+"""Copies of LightningModules, which leave the Trainer behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from lit_bnfold.folding.copying import copy_model, stand_in
+
+
+def eval_copy(pl_module: LightningModule, shared: Iterable[nn.Parameter], trainer: Trainer | None) -> LightningModule:
+    """A copy in eval mode, without a Trainer.
+
+    Args:
+        pl_module: The module.
+        shared: Those of its parameters whose memory the copy is built around.
+        trainer: The Trainer that the module is attached to, if it is.
+
+    Raises:
+        FoldingError: If it cannot be copied, such as a module with a lock.
+    """
+    pl_module.trainer = None
+    try:
+        return copy_model(pl_module, {id(parameter): stand_in(parameter) for parameter in shared}).eval()
+    finally:
+        pl_module.trainer = trainer

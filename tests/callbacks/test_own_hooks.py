@@ -1,0 +1,349 @@
+"""What modules do in their own validation hooks, and how they save: when a fit ends, all is as it was without us."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
+
+from lit_bnfold import BatchNormFolding, load_folded
+from lit_bnfold.folding import FoldingError
+from trainers import files_in, quiet_trainer
+
+Randomised = Callable[[nn.Module], nn.Module]
+
+
+class Tiny(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.net(inputs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("val/loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def examples() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(32, 4, generator=generator), torch.randint(3, (32,), generator=generator))
+
+
+def fitted(module: LightningModule, tmp_path: Path, *, validation: Any = None, **kwargs: Any) -> Any:
+    trainer = quiet_trainer(tmp_path, **kwargs)
+    trainer.fit(module, DataLoader(examples(), batch_size=8), validation or DataLoader(examples(), batch_size=8))
+    return trainer
+
+
+# What is saved --------------------------------------------------------------------------------------------------------
+
+
+class Partly(Tiny):
+    """Keeps an encoder that never changes, and that its class makes anew, out of its checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            self.encoder = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).requires_grad_(False)
+            nn.init.normal_(self.encoder[1].running_mean)
+            nn.init.uniform_(self.encoder[1].running_var, 0.5, 3.0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.encoder.eval()
+        return self.net(self.encoder(inputs))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        return {name: tensor for name, tensor in state.items() if not name.startswith("encoder.")}
+
+
+class Halved(Tiny):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name: tensor.half() for name, tensor in checkpoint["state_dict"].items()}
+
+
+class Averaged(Tiny):
+    """Saves other weights than its own, those of the structure that it was made with."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = Tiny().state_dict()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (Partly, "its folded.ckpt would not hold `encoder.0.weight` as it is folded"),
+        (Halved, "its folded.ckpt would not hold `net.0.weight` as it is folded"),
+        (Averaged, "its folded.ckpt could not be loaded again: Error"),
+    ],
+)
+def test_a_module_that_saves_something_else_is_a_mismatch(
+    kind: type[Tiny], sentence: str, tmp_path: Path, randomised: Randomised
+) -> None:
+    with pytest.raises(FoldingError, match=sentence):
+        fitted(randomised(kind()), tmp_path / "raises", callbacks=[BatchNormFolding()])
+    folding, module = BatchNormFolding(on_mismatch="warn"), randomised(kind())
+    with pytest.warns(UserWarning, match=sentence):
+        fitted(module, tmp_path / "warns", callbacks=[folding])
+    assert folding.report["mismatch"].startswith(sentence)
+    assert folding.folded_module is None
+    assert isinstance(module.net[1], nn.BatchNorm1d)
+    assert files_in(tmp_path) == set()
+
+
+class Renaming(Tiny):
+    """Writes its weights under other names, and takes them back."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {name.removeprefix("net."): tensor for name, tensor in super().state_dict(*args, **kwargs).items()}
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().load_state_dict({f"net.{name}": each for name, each in state_dict.items()}, *args, **kwargs)
+
+
+def test_a_module_that_saves_under_other_names_is_folded(tmp_path: Path, randomised: Randomised) -> None:
+    folding = BatchNormFolding()
+    fitted(randomised(Renaming()), tmp_path, callbacks=[folding])
+    inputs = torch.randn(7, 4)
+    assert torch.equal(load_folded(Renaming, tmp_path / "folded.ckpt")(inputs), folding.folded_module(inputs))
+
+
+class KeepingTheBest(Tiny):
+    """Saves what validates best by itself, in two ways; a folded version always counts as better."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.directory = directory
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            torch.save(self.state_dict(), self.directory / "own.pt")
+            self.trainer.save_checkpoint(self.directory / "own.ckpt")
+
+
+def test_what_a_module_keeps_by_itself_is_never_folded(tmp_path: Path, randomised: Randomised) -> None:
+    module = randomised(KeepingTheBest(tmp_path))
+    trainer = fitted(module, tmp_path, callbacks=[BatchNormFolding()])
+    kept = torch.load(tmp_path / "own.pt", weights_only=True)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in module.state_dict().items())
+    assert torch.load(tmp_path / "own.ckpt", weights_only=True)["state_dict"].keys() == kept.keys()
+    assert "state_dict" not in vars(module)
+    assert "save_checkpoint" not in vars(trainer)
+
+
+class Elsewhere(TorchCheckpointIO):
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        super().save_checkpoint(checkpoint, f"{path}.encrypted", storage_options)
+
+
+def test_a_plugin_that_writes_under_another_name_is_named(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"did not come to its end: FileNotFoundError: .*Elsewhere.* wrote no"):
+        fitted(Tiny(), tmp_path, callbacks=[BatchNormFolding(on_mismatch="warn")], plugins=[Elsewhere()])
+
+
+# What validation hooks do ---------------------------------------------------------------------------------------------
+
+
+class Annealed(Tiny):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        weight = [1.0, 2.0][self.current_epoch]
+        self.log("val/loss", weight * F.cross_entropy(self(batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize("weights", ["last", "best"])
+def test_the_validations_have_the_epoch_in_which_the_weights_were_validated(
+    weights: Any, tmp_path: Path, randomised: Randomised
+) -> None:
+    folding, saving = BatchNormFolding(weights=weights), ModelCheckpoint(tmp_path, monitor="val/loss")
+    trainer = fitted(
+        randomised(Annealed()), tmp_path, callbacks=[folding, saving], enable_checkpointing=True, num_sanity_val_steps=0
+    )
+    noted = saving.best_model_score if weights == "best" else trainer.callback_metrics["val/loss"]
+    assert folding.report["validation"]["original"]["val/loss"] == pytest.approx(float(noted), rel=1e-6)
+    assert trainer.current_epoch == 2
+
+
+class Swapping(Tiny):
+    """Validates with the mean of its weights, in its own hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shadow = copy.deepcopy(self.net).requires_grad_(False)
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        with torch.no_grad():
+            for mean, own in zip(self.shadow.parameters(), self.net.parameters(), strict=True):
+                mean.lerp_(own, 0.5)
+
+    def on_validation_epoch_start(self) -> None:
+        self.backup = copy.deepcopy(self.net.state_dict())
+        self.net.load_state_dict(self.shadow.state_dict())
+
+    def on_validation_epoch_end(self) -> None:
+        self.net.load_state_dict(self.backup)
+
+
+class LookingAtItsBatchNorm(Tiny):
+    def on_validation_epoch_end(self) -> None:
+        self.log("norm", self.net[1].running_mean.norm())
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"), [(Swapping, "RuntimeError: Error"), (LookingAtItsBatchNorm, "AttributeError: .*running_mean")]
+)
+def test_hooks_that_cannot_run_on_a_folded_module_leave_the_fit_as_it_was(
+    kind: type[Tiny], sentence: str, tmp_path: Path, randomised: Randomised
+) -> None:
+    torch.manual_seed(0)
+    alone, module = randomised(kind()), randomised(kind())
+    module.load_state_dict(alone.state_dict())
+    fitted(alone, tmp_path / "alone", num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match=f"BatchNormFolding did not come to its end: {sentence}"):
+        fitted(module, tmp_path / "with", callbacks=[BatchNormFolding(on_mismatch="warn")], num_sanity_val_steps=0)
+    state = module.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in alone.state_dict().items())
+    assert files_in(tmp_path) == set()
+
+
+class Asking(Tiny):
+    """Asks its logger where it writes, and tells it a few things."""
+
+    def on_validation_epoch_end(self) -> None:
+        experiment = self.logger.experiment
+        place = experiment.get_logdir() if hasattr(experiment, "get_logdir") else experiment.log_dir
+        assert Path(os.path.join(place, "events")).parent.is_dir()  # noqa: PTH118 (the usual idiom)
+        if not self.trainer.sanity_checking:
+            experiment.summary["best"] = experiment.config.update({"a": 1}).b
+
+
+@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+def test_an_experiment_answers_what_it_is_asked(kind: Any, tmp_path: Path, randomised: Randomised) -> None:
+    module, folding, logger = randomised(Asking()), BatchNormFolding(), kind(tmp_path)
+    logger.experiment.summary, logger.experiment.config = {}, type("Config", (), {"update": lambda *_: _[0], "b": 1})()
+    fitted(module, tmp_path, callbacks=[folding], logger=logger)
+    assert folding.report["mismatch"] is None
+    assert set(logger.experiment.summary) == {"best"}
+
+
+# What a module holds --------------------------------------------------------------------------------------------------
+
+
+class Holding(Tiny):
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        if isinstance(held, Tensor):
+            self.register_buffer("held", held)
+        else:
+            self.held = held
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("sparse", [lambda: torch.eye(4).to_sparse(), lambda: torch.eye(4).to_sparse_csr()])
+def test_a_sparse_buffer_is_no_obstacle(sparse: Any, tmp_path: Path, randomised: Randomised) -> None:
+    folding = BatchNormFolding()
+    fitted(randomised(Holding(sparse())), tmp_path, callbacks=[folding])
+    assert folding.report["mismatch"] is None
+    assert torch.equal(folding.folded_module.held.to_dense(), torch.eye(4))
+
+
+@pytest.mark.parametrize("lazy", [lambda: nn.LazyLinear(3), lambda: nn.LazyBatchNorm1d()])
+def test_a_lazy_layer_that_was_never_called_is_named(lazy: Any, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"`held\.\w+` is not initialised"):
+        fitted(Holding(lazy()), tmp_path, callbacks=[BatchNormFolding(on_mismatch="warn")])
+
+
+class Writing(Holding):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.held.mul_(2.0)
+        super().validation_step(batch, batch_idx)
+
+
+def test_a_sparse_buffer_that_is_written_is_put_back(tmp_path: Path, randomised: Randomised) -> None:
+    module = randomised(Writing(torch.eye(4).to_sparse()))
+    fitted(module, tmp_path, callbacks=[BatchNormFolding()], num_sanity_val_steps=0)
+    assert module.held.to_dense().trace() == 4 * 2.0**8
+
+
+class Noisy(Dataset[Any]):
+    """Draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.generator, self.examples = torch.Generator().manual_seed(1), examples()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Any:
+        inputs, target = self.examples[index]
+        return inputs + torch.randn(4, generator=self.generator), target
+
+
+def test_generators_inside_joined_datasets_are_put_back(tmp_path: Path, randomised: Randomised) -> None:
+    noisy, folding = Noisy(), BatchNormFolding()
+    fitted(
+        randomised(Tiny()), tmp_path, validation=DataLoader(ConcatDataset([noisy]), batch_size=8), callbacks=[folding]
+    )
+    assert folding.report["output_error"] is not None
+    alone = Noisy()
+    fitted(Tiny(), tmp_path, validation=DataLoader(ConcatDataset([alone]), batch_size=8))
+    assert torch.equal(noisy.generator.get_state(), alone.generator.get_state())
+
+
+def test_a_dataset_on_the_module_is_not_copied(tmp_path: Path, randomised: Randomised) -> None:
+    module, folding = randomised(Holding(examples())), BatchNormFolding()
+    fitted(module, tmp_path, callbacks=[folding])
+    assert folding.folded_module.held is module.held
+
+
+def test_a_module_without_batchnorms_that_nothing_can_be_proven_on_ends_its_fit(tmp_path: Path) -> None:
+    class Bare(Tiny):
+        validation_step = LightningModule.validation_step
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(4, 3)
+
+        def forward(self, inputs: Tensor, extra: Tensor) -> Tensor:
+            return self.net(inputs) + extra
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.net(batch[0]).square().mean()
+
+    with pytest.warns(UserWarning, match="has nothing to fold"):
+        quiet_trainer(tmp_path, callbacks=[BatchNormFolding()]).fit(Bare(), DataLoader(examples(), batch_size=8))
+
+
+# Where it goes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_place_on_another_machine_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"writes to a directory of this machine, got s3://bucket/x; give one"):
+        fitted(Tiny(), tmp_path, callbacks=[BatchNormFolding(dirpath="s3://bucket/x")])
+
+
+def test_a_directory_may_be_given_as_a_url(tmp_path: Path, randomised: Randomised) -> None:
+    fitted(randomised(Tiny()), tmp_path, callbacks=[BatchNormFolding(dirpath=f"file://{tmp_path}/here")])
+    assert (tmp_path / "here" / "folded.ckpt").is_file()
