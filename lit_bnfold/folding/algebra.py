@@ -257,7 +257,8 @@ def _over_second_axis(vector: Tensor, weight: Tensor, groups: int) -> Tensor:
 def round_like(exact: Tensor, like: Tensor) -> Tensor:
     """Round float64 numbers once to the dtype of ``like``; what would be subnormal there becomes zero.
 
-    Subnormal numbers carry few digits and are computed many times slower on most processors.
+    Subnormal numbers carry few digits and are computed many times slower on most processors; but not those of float16,
+    which stay.
 
     Args:
         exact: Numbers of any shape, float64.
@@ -289,5 +290,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 def _flush(rounded: Tensor) -> Tensor:
+    if rounded.dtype is torch.float16:  # Its subnormal numbers begin where weights may well be, and cost no time.
+        return rounded
     largest = torch.finfo(rounded.dtype).tiny * (1.0 - torch.finfo(rounded.dtype).eps)
     return torch.hardshrink(rounded, largest, out=rounded)

@@ -11,7 +11,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from torch.nn.parameter import is_lazy
 
 from lit_bnfold.folding.algebra import rounding_gain, squares_around
@@ -54,7 +59,7 @@ class Census:
 
     Attributes:
         names: Each module with its name, the first one in ``named_modules()``.
-        hooked: The modules that carry a forward hook or a forward pre-hook, other than one that computes their weight.
+        hooked: The modules that carry a hook, other than one that computes their weight.
         owned: The parameters and buffers that each module holds itself, by attribute.
         tensors: Each parameter and buffer with its first name.
         layer_kinds: The kind of each weight layer.
@@ -67,6 +72,7 @@ class Census:
         self.kinds = kinds
         self.names = {module: name for name, module in model.named_modules()}
         everywhere = _global_forward_hooks or _global_forward_pre_hooks
+        everywhere = everywhere or _global_backward_hooks or _global_backward_pre_hooks
         self.hooked = {module for module in self.names if everywhere or _is_hooked(module)}
         self.owned = {module: own_tensors(module) for module in self.names}
         self.tensors: dict[Tensor, str] = {}
@@ -170,7 +176,7 @@ class Census:
         if module in self._sealed:
             return self._sealed[module]
         if module in self.hooked:
-            return "hook", f"`{self.names[module]}` carries a forward hook, which could see or change what would move"
+            return "hook", f"`{self.names[module]}` carries a hook, which could see or change what would move"
         return None
 
     def _originals(self, module: nn.Module) -> list[Tensor]:
@@ -267,8 +273,9 @@ def _filled(numbers: Normalisation) -> tuple[Tensor, ...]:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether a module carries a hook that sees or changes what goes in or out of it."""
-    return bool(module._forward_hooks) or not all(map(is_computing_hook, module._forward_pre_hooks.values()))
+    """Whether a module carries a hook that sees or changes what goes in or out of it, or the gradients of that."""
+    hooks = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or not all(map(is_computing_hook, module._forward_pre_hooks.values()))
 
 
 def _seal(module: nn.Module) -> Obstacle | None:

@@ -114,13 +114,14 @@ def _roundings(actual: Tensor, exact: Tensor, slack: float) -> float:
     NaN and infinity agree with themselves.
     """
     limits = torch.finfo(actual.dtype)
+    least = limits.smallest_normal * (limits.eps if actual.dtype is torch.float16 else 1.0)
     allowed = slack * float(exact.abs().max()) if slack > 0.0 and exact.numel() else 0.0
     largest = 0.0
     # Some rows at a time: there is no need for further copies of a large weight.
     for wide, narrow in zip(exact.split(_ROWS), actual.split(_ROWS), strict=True):
         found, expected = narrow.double(), wide.to(narrow.device)
         # Rounding to the nearest leaves half a unit in the last place, and small numbers become zero.
-        one = (limits.eps / 2 * expected.abs()).clamp(min=limits.tiny)
+        one = (limits.eps / 2 * expected.abs()).clamp(min=least)
         agrees = (found == expected) | (found.isnan() & expected.isnan())
         roundings = ((found - expected).abs() - allowed) / one
         roundings = roundings.masked_fill(agrees, 0.0).nan_to_num(nan=torch.inf)

@@ -17,6 +17,10 @@ Obstacle = tuple[str, str]
 """Why a BatchNorm has to stay: a stable code for programs, and a sentence for people."""
 
 
+RETURNED = "is returned by the model"
+
+IN_PLACE_SUMS = ("aten.add_.Tensor", "aten.sub_.Tensor")
+
 _STRIDE_READERS = {"aten.view.default", "aten.view.dtype", "aten.as_strided.default", "aten._reshape_alias.default"}
 
 
@@ -261,6 +265,18 @@ class ValueGraph:
         """Whether somebody looks at the memory of a value in a way that depends on its strides."""
         aliases = self._storages[value.storage]
         return any(call.name in _STRIDE_READERS for alias in aliases for call in self.users(alias))
+
+    def is_summed_up(self, storage: int) -> bool:
+        """Whether memory is written by nothing but sums, each of which is all that is made of what was there before."""
+        values, writers = self._storages[storage], self.writers[storage]
+        return len(values) == len(writers) + 1 and all(
+            call.name in IN_PLACE_SUMS
+            and (call.inputs[0], call.outputs) == (before.index, (after.index,))
+            and before.users == [call.index]
+            and before.maker is not None
+            and before.fate is None
+            for before, after, call in zip(values, values[1:], writers, strict=False)
+        )
 
     def origins(self, values: Iterable[int]) -> tuple[set[int], set[int]]:
         """Everything that went into some values.

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from lit_bnfold.folding.census import Census, names_around
-from lit_bnfold.folding.graph import BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph
+from lit_bnfold.folding.graph import RETURNED, BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph
 from lit_bnfold.folding.kinds import (
     KIND_OF_FUNCTION,
     KINDS,
@@ -135,14 +135,16 @@ class Recorder:
         self._thread: int | None = None
         self.running = [_Running(0, None)]
         self.looking_away = _LookingAway()
-        self._before_write: dict[Tensor, Tensor] = {}
+        # By tensor, the memory that it had and what was in it; the run may give it other memory.
+        self._before_write: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._varying: set[int] = set()  # storages that hold something else than constants
         self._lent: dict[nn.Module, Tensor] = {}
         self._picked: dict[int, _Picked] = {}  # by value, what masks have picked and nobody has counted yet
         self._modules = {name: module for module, name in self._census.names.items()}
         self._hashes = {id(module): hash(module) for module in self._census.names}
-        # By identity, for the hash of a metric of torchmetrics changes with its state.
-        self._attributes = {id(module): _attributes_of(module) for module in self._census.names if plans}
+        # As they were when Python first got to know a number. By identity, for the hash of a metric of torchmetrics
+        # changes with its state.
+        self._attributes: dict[int, dict[str, Any]] = {}
         self._exit = ExitStack()
         if plans:
             for tensor, name in self._census.tensors.items():
@@ -199,12 +201,12 @@ class Recorder:
         with self.looking_away:
             for own in self._by_address.get(address_of(tensor) or -1, ()):
                 if own not in self._before_write:
-                    self._before_write[own] = own.detach().clone()
+                    self._before_write[own] = own.detach(), own.detach().clone()
 
     def _put_back(self) -> None:
         with torch.no_grad():
-            for tensor, before in self._before_write.items():
-                tensor.detach().copy_(before)
+            for memory, before in self._before_write.values():
+                memory.copy_(before)
         self._before_write.clear()
 
     # What the module hooks see.
@@ -270,7 +272,7 @@ class Recorder:
         """
         name, caller = self._census.names[module], self.running[-2].module
         is_given_one_tensor = len(args) == 1 and isinstance(args[0], Tensor) and not kwargs
-        if not is_given_one_tensor or self._is_changed(module):
+        if not is_given_one_tensor or any(map(self._is_changed, module.modules())):
             self._note_told(name)
         around = map(self._modules.get, names_around(name))
         running = {id(each.module) for each in self.running}
@@ -284,8 +286,12 @@ class Recorder:
         if cause is not None:
             self.graph.forked.setdefault(module, cause)
 
+    def _remember_attributes(self) -> None:
+        if not self._attributes:
+            self._attributes = {id(module): _attributes_of(module) for module in self._census.names}
+
     def _is_changed(self, module: nn.Module) -> bool:
-        return _attributes_of(module) != self._attributes[id(module)]
+        return _attributes_of(module) != self._attributes.get(id(module))
 
     def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if threading.get_ident() != self._thread:
@@ -307,7 +313,7 @@ class Recorder:
         if len(self.running) == 1:
             with self.looking_away:
                 for tensor in tensors_in(output):
-                    self._ledger.value(tensor).fate = "is returned by the model"
+                    self._ledger.value(tensor).fate = RETURNED
         return output if self._evens else None
 
     def _is_seen(self, running: _Running) -> bool:
@@ -439,7 +445,7 @@ class Recorder:
         facts = self.graph.batchnorms[name]
         if facts.obstacle is None:
             with self.looking_away:
-                eps = None if kwargs else _eps_of(kind, module, args)
+                eps = _eps_of(kind, module, (*args, *kwargs.values()))
             if eps is None or not isinstance(output, Tensor):
                 facts = _add_obstacle(facts, "own-forward", "in float64 it gives something else than a BatchNorm does")
             else:
@@ -447,14 +453,18 @@ class Recorder:
             self.graph.batchnorms[name] = facts
         if self._evens and self.graph.batchnorms[name].obstacle is None:
             with self.looking_away:
-                usual = _normalised(kind, args[0], kind.numbers(module, self.graph.batchnorms[name].eps))
+                usual = _normalised(
+                    kind, next(iter((*args, *kwargs.values()))), kind.numbers(module, self.graph.batchnorms[name].eps)
+                )
                 output = torch.empty_like(output).copy_(usual)
-        given = (*args, *own_tensors(module).values())
-        self._add_call("batchnorm", "batch_norm", given, kwargs, output=output, owner=name)
+        given = (*args, *kwargs.values(), *own_tensors(module).values())
+        self._add_call("batchnorm", "batch_norm", given, output=output, owner=name)
         return output
 
     def _run_layer(self, module: nn.Module, kind: LayerKind, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        name = self._census.names[module]
+        name, input_name = self._census.names[module], kind.arguments[0]
+        if not args and input_name in kwargs:  # Its input comes first in what is recorded.
+            args, kwargs = (kwargs[input_name],), {key: each for key, each in kwargs.items() if key != input_name}
         if not self._plans:
             return self._run_whole("layer", kind.function.__name__, kind.function, args, kwargs, owner=name)
         with self.looking_away:
@@ -476,9 +486,11 @@ class Recorder:
         computed = tuple(self._ledger.value(given[key]).index for key in facts.computed if given.get(key) is not None)
         output = self._run_whole("layer", kind.function.__name__, kind.function, args, kwargs, owner=name)
         self.graph.calls[-1].computed = computed
-        taken = None if kind.function is F.embedding else given.get(kind.arguments[0])  # of an Embedding, indices
+        taken = None if kind.function is F.embedding else given.get(input_name)  # of an Embedding, indices
         for side, tensor, expected in (("inputs", taken, facts.in_channels), ("outputs", output, facts.out_channels)):
-            if tensor is not None and tensor.shape[kind.channel_axis] != expected:
+            if tensor is not None and tensor.is_nested:
+                facts = _add_obstacle(facts, "unusual-weight", f"`{name}` is called with nested tensors")
+            elif tensor is not None and tensor.shape[kind.channel_axis] != expected:
                 sentence = f"`{name}` has another number of {side} than its attributes say"
                 facts = _add_obstacle(facts, "unusual-weight", sentence)
         self.graph.layers[name] = facts
@@ -550,6 +562,7 @@ class Recorder:
             return not all(self._is_constant(value) for value in values)
 
     def _enter_fork(self, call: Call, what: str, told: Sequence[str | None] = ()) -> None:
+        self._remember_attributes()
         frames = (call.frame, self.running[-1].frame)
         around = [module for frame in frames for module in self.graph.modules_around(frame)]
         for module in (*around, *told):
@@ -603,6 +616,7 @@ class Recorder:
         """
         call = self.graph.calls[-1]
         if does == "picks":
+            self._remember_attributes()
             with self.looking_away:
                 self._picked[self._ledger.value(output).index] = _Picked(call)
         elif args[2].numel() != 1 and call.args[2].value not in self._picked:
@@ -669,20 +683,26 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _attributes_of(module: nn.Module) -> dict[str, Any]:
-    """The public attributes of a module that hold plain values, and the plain values in its lists and dicts."""
-    return {
+    """What may tell a module which path to take: plain values, also in containers and objects, and who is in it."""
+    public = {
         key: _plain_values(value)
         for key, value in vars(module).items()
         if key not in _OF_EVERY_MODULE and not key.startswith("_")
     }
+    return public | {"training": module.training, "_modules": {key: id(each) for key, each in module._modules.items()}}
 
 
-def _plain_values(value: Any) -> Any:
+def _plain_values(value: Any, depth: int = 2) -> Any:
+    """A plain value itself, and those in a container or an object, some levels deep."""
+    if type(value) in WITHOUT_TENSORS:
+        return value
+    if depth == 0 or isinstance(value, (Tensor, nn.Module, type)):
+        return None
     if isinstance(value, dict):
-        return {key: each for key, each in value.items() if type(each) in WITHOUT_TENSORS}
+        return {key: _plain_values(each, depth - 1) for key, each in value.items()}
     if isinstance(value, (list, tuple, set, deque)):
-        return [each for each in value if type(each) in WITHOUT_TENSORS]
-    return value if type(value) in WITHOUT_TENSORS else None
+        return [_plain_values(each, depth - 1) for each in value]
+    return {key: _plain_values(each, depth - 1) for key, each in getattr(value, "__dict__", {}).items()}
 
 
 def _add_obstacle(facts: _Facts, code: str, sentence: str) -> _Facts:

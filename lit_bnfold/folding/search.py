@@ -16,12 +16,20 @@ from typing import NamedTuple
 
 import torch
 
-from lit_bnfold.folding.graph import Call, Layer, Obstacle, Ref, Value, ValueGraph
+from lit_bnfold.folding.graph import IN_PLACE_SUMS, RETURNED, Call, Layer, Obstacle, Ref, Value, ValueGraph
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
-from lit_bnfold.folding.transparent import RULES, VIEWS, Channels, NotTransparent, adds_nothing, ambiguous_reshape
+from lit_bnfold.folding.transparent import (
+    RULES,
+    UNTOUCHED,
+    VIEWS,
+    Channels,
+    NotTransparent,
+    adds_nothing,
+    ambiguous_reshape,
+)
 
-# Three digits.
-_MOST_GAIN = 1e3
+# Three digits, or what leaves a narrow dtype one.
+_MOST_GAIN, _MOST_LOSS = 1e3, 0.1
 
 # Measured, the errors of a whole block grow by a third of that at most, so that a folded model's stay below four times
 # those of the unfolded one.
@@ -117,8 +125,8 @@ def _reason(obstacles: list[Obstacle]) -> tuple[str, str]:
 
 
 def _note(gain: float, dtype: torch.dtype) -> str | None:
-    """A warning for a fold behind which rounding errors come out more than a thousand times larger."""
-    if gain <= _MOST_GAIN:
+    """A warning for a fold behind which rounding errors come out so much larger that few digits are left."""
+    if gain <= min(_MOST_GAIN, _MOST_LOSS / torch.finfo(dtype).eps):
         return None
     if math.isinf(gain):
         return (
@@ -215,6 +223,8 @@ class _Search:
                 raise _StaysError(
                     "parameter-read", f"{self._named(parameter)} is also read by {self.graph.where(call)}"
                 )
+        if parameter.fate == RETURNED:
+            raise _StaysError("kept-alive", f"{self._named(parameter)} {RETURNED}")
         self._check_memory(parameter, self._named(parameter))
 
     def _check_computed(self, name: str, layer: Layer) -> None:
@@ -236,16 +246,22 @@ class _Search:
                 self._check_readers(value, readers)
 
     def _check_memory(self, value: Value, named: str) -> None:
-        if value.storage in self.graph.writers:
+        if value.storage in self.graph.writers and not self.graph.is_summed_up(value.storage):
             writer = self.graph.where(self.graph.writers[value.storage][0])
             raise _StaysError("written", f"{named} is written in place by {writer}")
         if value.storage in self.graph.aliased:
             raise _StaysError("aliased", f"{named} {self.graph.aliased[value.storage]}")
 
+    def _check_elements(self, value: Value) -> None:
+        """Of a value without elements, such as an empty cache, nobody has seen what becomes of them next time."""
+        if 0 in value.shape:
+            raise _StaysError("not-transparent", f"{self._named(value)} was seen without any elements")
+
     def _check_hidden(self, value: Value) -> None:
         """Nobody may see a value but those who were seen reading it."""
         if value.fate is not None:
             raise _StaysError("kept-alive", f"{self._named(value)} {value.fate}")
+        self._check_elements(value)
         self._check_memory(value, self._named(value))
 
     def _is_passed(self, call: Call) -> bool:
@@ -278,7 +294,7 @@ class _Search:
         if channels is None:
             raise _StaysError("other-call", f"`{name}` is also called without this BatchNorm")
         along = channels.along_axis(axis, size)
-        if along is None:
+        if along is None or set(along) == {UNTOUCHED}:
             raise _StaysError("channel-axis", f"its channels do not lie on those of `{name}`")
         is_whole = along == tuple(range(self.graph.batchnorms[self.name].num_features))
         return Part(name, None if is_whole else along, channels.shift)
@@ -507,6 +523,8 @@ class _Backward(_Search):
         for index, output in zip(call.outputs, outputs, strict=True):
             asked, made = self.maps.get(index), self.graph.values[index]
             is_seen = made.users or made.fate is not None  # of a split, not every part needs to be
+            if is_seen:
+                self._check_elements(made)
             if is_seen and output.touches and (asked is None or not asked.same_as(output)):
                 raise self._seen_by(value, call)
 
@@ -532,6 +550,7 @@ class _Forward(_Search):
                 continue  # It reads several values on the way and was entered once for each.
             last = call
             for index, channels in zip(call.outputs, self._passed_by(call), strict=False):
+                self._check_elements(self.graph.values[index])
                 if channels.touches:
                     self._give(index, channels, readers)
         for call in self.calls:
@@ -560,6 +579,9 @@ class _Forward(_Search):
             raise _StaysError(
                 "no-layer", f"{self._named(first)} is read by {self.graph.where(call)}, which is no layer"
             )
+        if torch.finfo(first.dtype).eps < _eps_of(self.graph.values[call.outputs[0]].dtype):
+            reason = "rounds to a narrower dtype, which may hold what is normalised and not what was before"
+            raise _StaysError("not-transparent", f"{self.graph.where(call)} after it {reason}")
         try:
             return RULES[call.name].down(self.graph, call, maps)
         except NotTransparent as reason:
@@ -670,6 +692,10 @@ class _Residual(_Search):
         return replace(part, residual=self._residuals[name])
 
 
+def _eps_of(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
 # What the function of a layer becomes where it is called with the weight of another module, or of none.
 _OF_LAYERS = (
     "aten.convolution.default",
@@ -678,7 +704,7 @@ _OF_LAYERS = (
     "aten.embedding.default",
 )
 
-_SUMS = ("aten.add.Tensor", "aten.add_.Tensor", "aten.sub.Tensor", "aten.sub_.Tensor")
+_SUMS = ("aten.add.Tensor", "aten.sub.Tensor", *IN_PLACE_SUMS)
 
 
 def _is_sum(graph: ValueGraph, call: Call) -> bool:
@@ -697,7 +723,7 @@ def _sign(call: Call, value: int) -> float:
 
 
 def _writes(call: Call) -> bool:
-    return call.name in ("aten.add_.Tensor", "aten.sub_.Tensor")
+    return call.name in IN_PLACE_SUMS
 
 
 def _is_laid_out_anew(before: Value, after: Value) -> bool:

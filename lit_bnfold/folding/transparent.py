@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lit_bnfold.folding.graph import Call, Ref, ValueGraph, plain_name
+from lit_bnfold.folding.graph import IN_PLACE_SUMS, Call, Ref, ValueGraph, plain_name
 
 UNTOUCHED = -1
 """The label of elements that no map reaches."""
@@ -285,7 +285,10 @@ def _axis_picked(graph: ValueGraph, call: Call) -> int:
     position = 2 if call.name.startswith("aten.split") else 1
     name = "dimension" if call.name == "aten.unfold.default" else "dim"
     axis: int = call.argument(position, name, 0)
-    return axis % len(graph.values[call.inputs[0]].shape)
+    rank = len(graph.values[call.inputs[0]].shape)
+    if rank == 0:
+        raise NotTransparent("takes a nested tensor apart")
+    return axis % rank
 
 
 def _positions_picked(graph: ValueGraph, call: Call, output: int) -> Tensor:
@@ -341,7 +344,10 @@ def _axes_indexed(graph: ValueGraph, call: Call) -> tuple[list[int], int, int]:
     axes = [axis for axis, index in enumerate(indices) if index is not None]
     values = [graph.values[indices[axis].value] for axis in axes]
     if any(value.dtype in (torch.bool, torch.uint8) for value in values):
-        raise NotTransparent("picks by a mask")
+        if len(values) > 1:
+            raise NotTransparent("picks by a mask and by other indices")
+        # What it picks comes in one axis, in place of all those that the mask lies on.
+        return list(range(axes[0], axes[0] + len(values[0].shape))), axes[0], axes[0] + 1
     are_neighbours = axes[-1] - axes[0] < len(axes)
     first = axes[0] if are_neighbours else 0
     return axes, first, first + max(len(value.shape) for value in values)
@@ -378,6 +384,8 @@ def _joined(graph: ValueGraph, call: Call) -> list[int]:
     joined = [ref.value for ref in call.args[0]]
     if len({len(graph.values[index].shape) for index in joined}) > 1:
         raise NotTransparent("joins tensors of different ranks")
+    if any(0 in graph.values[index].shape for index in joined):
+        raise NotTransparent("joins a part without elements, which may have some next time")
     return joined
 
 
@@ -664,6 +672,7 @@ RULES: dict[str, Rule] = {
     "aten.stack.default": _JOIN,
     "aten.add.Tensor": _ADD,
     "aten.sub.Tensor": _ADD,
+    **dict.fromkeys(IN_PLACE_SUMS, _ADD),
     "aten.mean.dim": _moving(_mean_up, _mean_down),
     "aten.expand.default": _EXPAND,
     "aten.repeat.default": _EXPAND,

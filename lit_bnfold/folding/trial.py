@@ -33,6 +33,9 @@ from lit_bnfold.folding.record import Recorder
 from lit_bnfold.folding.rewrite import erase, make_ordinary
 from lit_bnfold.folding.tensors import address_of, stride_of, tensors_in
 
+# Below it float16 has less than two digits, and there is a weight of a BatchNorm that hardly counts.
+_FEW_DIGITS, _HARDLY = torch.finfo(torch.float16).smallest_normal / 32, 1e-3
+
 # A copy of so many numbers in float64 takes 1 GiB.
 _MOST_NUMBERS = 2**27
 
@@ -175,8 +178,8 @@ def obstacle_to(
     twin = twin_of(model)
     modules = dict(twin.named_modules())
     for fold in plan.folds:
-        if _overflows(fold, modules, kinds):
-            return "not-finite", f"folding `{fold.batchnorm}` leads to larger numbers than float16 holds"
+        if _leaves_float16(fold, modules, kinds):
+            return "not-finite", f"folding `{fold.batchnorm}` leads to larger or smaller numbers than float16 holds"
     moved = moves(plan, modules, kinds)
     baked = [name for name in moved if computed_tensors(modules[name])]
     with _random_numbers_kept(twin) if baked else nullcontext():
@@ -239,16 +242,21 @@ def _called_with_its_own(module: nn.Module, layer: Function, object_to: Callable
     return run
 
 
-def _overflows(fold: Fold, modules: Mapping[str, Any], kinds: Kinds) -> bool:
-    """Whether a fold could make numbers in float16 that are larger than that holds; no other dtype is so narrow."""
+def _leaves_float16(fold: Fold, modules: Mapping[str, Any], kinds: Kinds) -> bool:
+    """Whether a fold could make numbers that float16 does not hold, or with few digits; no other dtype is so narrow."""
     layers = [modules[part.layer] for part in fold.parts]
     parameters = [own for layer in layers for own in layer.parameters() if own.dtype is torch.float16 and own.dim()]
     kind = kinds.batchnorm(modules[fold.batchnorm])
     if not parameters or kind is None:
         return False
     numbers = kind.numbers(modules[fold.batchnorm], fold.eps).each(Tensor.detach)
-    scale, shift = (float(each.abs().max()) for each in scale_and_shift(*numbers))
+    scales, shifts = (each.abs() for each in scale_and_shift(*numbers))
+    scale, shift = float(scales.max()), float(shifts.max())
     largest = max(float(own.detach().abs().max()) for own in parameters)
+    # A channel that hardly counts behind the BatchNorm may vanish.
+    counts = numbers.mean.new_ones(()) if numbers.weight is None else numbers.weight.abs() > _HARDLY
+    if bool((largest * scales < _FEW_DIGITS)[counts.expand(len(scales)).bool()].any()):
+        return True
     largest += max(abs(part.residual) for part in fold.parts)
     if fold.direction == "forward":  # The shift is summed up over the inputs of each output.
         shift *= largest * max(own[0].numel() for own in parameters)
@@ -298,6 +306,8 @@ def _agree(expected: Any, found: Any) -> bool:
 
 
 def _is_near(expected: Tensor, found: Tensor) -> bool:
+    if expected.is_nested or found.is_nested:
+        return expected.is_nested and found.is_nested and _agree(expected.unbind(), found.unbind())
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return False
     if expected.is_meta or expected.is_quantized or not (is_plain(expected) and is_plain(found)):

@@ -676,6 +676,82 @@ def test_positions_that_tensors_pick_between_layer_and_batchnorm_are_followed(
     judge(model, torch.randn(5, 3, 4, dtype=torch.float64), folds={"bn": ["head"]})
 
 
+def summed_in_place(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    y += m.b(x)
+    y -= m.c(x)
+    return m.bn(y).relu()
+
+
+def summed_from_zero(m: Any, x: Tensor) -> Tensor:
+    y: Any = 0
+    for layer in (m.a, m.b, m.c):
+        y += layer(x)
+    return m.bn(y)
+
+
+def layers_of_a_sum(**changed: nn.Module) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {name: nn.Linear(3, 4) for name in "abc"}
+    return {**layers, "bn": nn.BatchNorm1d(4), **changed}
+
+
+@pytest.mark.parametrize("forward", [summed_in_place, summed_from_zero])
+def test_sums_that_are_written_in_place_are_followed(forward: Any, judge: Judge, net: Any) -> None:
+    judge(net(forward, **layers_of_a_sum()), X, folds={"bn": ["a", "b", "c"]})
+
+
+def term_is_seen(m: Any, x: Tensor) -> list[Tensor]:
+    y = m.a(x)
+    seen = y.exp()
+    y += m.b(x)
+    return [m.bn(y), seen, m.c(x)]
+
+
+def term_is_viewed(m: Any, x: Tensor) -> list[Tensor]:
+    y = m.a(x)
+    view = y[:1]
+    y += m.b(x)
+    return [m.bn(y), view, m.c(x)]
+
+
+def term_is_kept(m: Any, x: Tensor) -> list[Tensor]:
+    y = m.a(x)
+    m.kept = y
+    y += m.b(x)
+    return [m.bn(y), m.kept, m.c(x)]
+
+
+def sum_is_written_otherwise(m: Any, x: Tensor) -> list[Tensor]:
+    y = m.a(x)
+    y += m.b(x)
+    y.relu_()
+    return [m.bn(y), m.c(x)]
+
+
+def written_behind(m: Any, x: Tensor) -> list[Tensor]:
+    y = m.a(x)
+    y += m.b(x)
+    z = m.bn(y)
+    y.zero_()
+    return [z, y, m.c(x)]
+
+
+@pytest.mark.parametrize(
+    ("forward", "code"),
+    [(term_is_seen, "other-reader"), (term_is_viewed, "kept-alive"), (term_is_kept, "kept-alive"),
+     (sum_is_written_otherwise, "no-layer"), (written_behind, "other-reader")],
+)  # fmt: skip
+def test_sums_in_place_that_somebody_else_sees_keep_the_batchnorm(
+    forward: Any, code: str, judge: Judge, net: Any
+) -> None:
+    judge(net(forward, **layers_of_a_sum()), X, kept={"bn": code})
+
+
+def test_what_a_constant_mask_picks_is_followed_to_its_layer(judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: m.bn(m.fc(x)[:, torch.arange(6) % 3 != 1].flatten(0, 1)))
+    judge(model, torch.randn(4, 6, 3, dtype=torch.float64), folds={"bn": ["fc"]})
+
+
 OTHER_IMAGES = [(torch.randn(n, 3, *size, dtype=torch.float64),) for n, size in ((1, (8, 10)), (4, (10, 8)))]
 
 
@@ -718,11 +794,40 @@ def test_windows_with_padding_keep_the_batchnorm(judge: Judge, net: Any) -> None
     [lambda h: torch.cat([h, h[:, :0]], 1), lambda h: torch.cat([h[:, 4:], h], 1),
      lambda h: torch.cat(h.split([1, 0, 3], 1), 1), lambda h: torch.cat([h, h[:0]])],
 )  # fmt: skip
-def test_parts_without_elements_change_nothing(join: Any, judge: Judge, net: Any) -> None:
-    judge(net(lambda m, x: m.bn(join(m.fc(x)))), X, folds={"bn": ["fc"]})
+def test_parts_without_elements_keep_the_batchnorm(join: Any, judge: Judge, net: Any) -> None:
+    judge(net(lambda m, x: m.bn(join(m.fc(x)))), X, kept={"bn": "not-transparent"})
     model = net(lambda m, x: m.head(join(m.bn(m.fc(x).tanh()))), fc=nn.Linear(3, 4), bn=nn.BatchNorm1d(4),
                 head=nn.Linear(4, 2))  # fmt: skip
-    judge(model, X, folds={"bn": ["head"]})
+    judge(model, X, kept={"bn": "no-layer"})
+
+
+def behind_a_memory(m: Any, x: Tensor, memory: Tensor) -> Tensor:
+    return m.head(torch.cat([memory, m.bn(x)]))
+
+
+def behind_a_part(m: Any, x: Tensor, memory: Tensor) -> Tensor:
+    old, new = m.fc(torch.cat([memory, x])).split([len(memory), len(x)])
+    return torch.cat([m.bn(old), new])
+
+
+def before_a_part(m: Any, x: Tensor, memory: Tensor) -> list[Tensor]:
+    old, new = m.bn(x).split([len(memory), len(x) - len(memory)])
+    return [m.head(new), old]
+
+
+def beside_a_part(m: Any, x: Tensor, memory: Tensor) -> list[Tensor]:
+    old, new = m.fc(torch.cat([memory, x])).split([len(memory), len(x)])
+    return [m.bn(new), old]
+
+
+@pytest.mark.parametrize("forward", [behind_a_memory, behind_a_part, before_a_part, beside_a_part])
+def test_a_memory_that_is_empty_on_the_example_keeps_the_batchnorm(forward: Any, judge: Judge, net: Any) -> None:
+    model = net(forward, fc=nn.Linear(3, 3), bn=nn.BatchNorm1d(3), head=nn.Linear(3, 2))
+    others = [(torch.randn(5, 3, dtype=torch.float64), torch.randn(n, 3, dtype=torch.float64)) for n in (0, 1, 3)]
+    with torch.no_grad():
+        plan = plan_folding(model.double().eval(), others[0])
+    assert not plan.folds
+    judge(model, *others[0], kept={"bn": plan.kept[0].code}, others=others)
 
 
 def test_channels_that_a_tensor_picks_keep_the_batchnorm(judge: Judge, net: Any) -> None:

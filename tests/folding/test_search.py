@@ -612,9 +612,9 @@ def output_is_read(m: Any, x: Tensor) -> Any:
     [
         (written_in_between, "no-layer"),
         (written_through_a_view_in_between, "other-reader"),
-        (added_in_place, "no-layer"),
-        (sum_in_place_seen_through_a_view, "no-layer"),
-        (sum_of_sums_in_place, "no-layer"),
+        (added_in_place, "other-reader"),
+        (sum_in_place_seen_through_a_view, "other-reader"),
+        (sum_of_sums_in_place, "other-reader"),
         (sum_is_returned, "other-reader"),
         (inner_sum_is_read, "other-reader"),
         (output_is_read, "other-reader"),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_bnfold.folding.graph import Call, ValueGraph
+from lit_bnfold.folding.graph import IN_PLACE_SUMS, Call, ValueGraph
 from lit_bnfold.folding.record import Recorder
 from lit_bnfold.folding.transparent import (
     RULES,
@@ -93,6 +93,10 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Operation]] = {
     "index of a table": ([(2, 4, 3)], lambda x: x[:, TABLE]),
     "index of two tables": ([(4, 2, 4)], lambda x: x[TABLE, :, TABLE]),
     "index of one row": ([(4, 3)], lambda x: x[ONE]),
+    "index of a mask": ([(4, 3)], lambda x: x[MASK_OF_FOUR]),
+    "index of a mask behind the channels": ([(2, 3, 4)], lambda x: x[:, :, MASK_OF_FOUR]),
+    "index of a mask over two axes": ([(2, 4, 3)], lambda x: x[MASK]),
+    "index of a mask over the last axes": ([(3, 2, 4)], lambda x: x[:, MASK]),
     "index_select": ([(2, 4, 3)], lambda x: x.index_select(-2, ROW)),
     "index_select of the first axis": ([(4, 3)], lambda x: x.index_select(0, ROW)),
     "gather": ([(2, 4, 3)], lambda x: x.gather(1, WHOLE)),
@@ -148,6 +152,8 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Operation]] = {
 
 
 ROW = torch.tensor([2, 0, 3, 3, 1, 0])
+MASK = torch.tensor([[True, False, True, True], [False, True, True, False]])
+MASK_OF_FOUR = MASK[0].clone()
 THREE, SHORT, TABLE, ONE = torch.arange(3), ROW[:3].clone(), ROW.view(2, 3).clone(), ROW[0].clone()
 WHOLE, PART = ROW[:5].view(1, 5, 1).repeat(2, 1, 3), ROW[1:5].view(2, 2) % 2
 
@@ -295,8 +301,10 @@ def test_every_rule_of_the_table_is_tried(net: Any) -> None:
     tried = set()
     for shapes, operation in CASES.values():
         tried.add(recorded(net, operation, [torch.randn(shape, dtype=torch.float64) for shape in shapes])[1].name)
-    # A fresh tensor is no output of a layer, and `_reshape_alias` comes from compiled code alone.
-    assert set(RULES) - tried == {"aten.lift_fresh.default", "aten._reshape_alias.default"}
+    # What is written has to be made first, a fresh tensor is no output of a layer, and `_reshape_alias` comes from
+    # compiled code alone.
+    assert set(RULES) - tried == {"aten.lift_fresh.default", "aten._reshape_alias.default", *IN_PLACE_SUMS}
+    assert {RULES[name] for name in IN_PLACE_SUMS} == {RULES["aten.add.Tensor"]}
 
 
 @pytest.mark.parametrize(
@@ -305,7 +313,7 @@ def test_every_rule_of_the_table_is_tried(net: Any) -> None:
      lambda x: torch.sub(0, x), lambda x: torch.add(0, x), lambda x: torch.add(0, x, alpha=2),
      lambda x: F.pad(x, (1, 0)), lambda x: x.amax(1), lambda x: x * 2, lambda x: -x, lambda x: x @ x.t(),
      lambda x: x[:, ROW % 3], lambda x: x.index_select(1, ROW % 3), lambda x: x.gather(1, PART),
-     lambda x: x.gather(0, PART[:1]), lambda x: x[x[:, 0] > -9]],
+     lambda x: x.gather(0, PART[:1]), lambda x: x[:, x[0] > -9], lambda x: x[x[:, 0] > -9, ROW[:2] % 2]],
 )  # fmt: skip
 def test_operations_outside_the_table_or_its_limits_do_not_pass(net: Any, operation: Operation) -> None:
     graph, call = recorded(net, operation, [torch.randn(2, 3, dtype=torch.float64)])
