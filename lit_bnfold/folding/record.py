@@ -330,7 +330,7 @@ class Recorder:
 
     def _show_to_hooks(self, module: nn.Module, args: Any, other: Any) -> None:
         if threading.get_ident() == self._thread:
-            self._add_call("opaque", "forward hook", (args, other))
+            self._add_call("opaque", "hook", (args, other))
 
     # What the function mode sees.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -369,6 +370,57 @@ def test_decision_inside_a_parametrization_keeps_the_batchnorm(judge: Judge, net
         return m.block(x)
 
     judge(net(forward, times=times, block=block), X.abs(), kept={"block.1": "python-value"}, others=[(-X.abs(),)])
+
+
+class Gate(nn.Module):
+    """Lets everything pass, and remembers what it was in one of several ways."""
+
+    def __init__(self, remember: Callable[[Any, bool], None]) -> None:
+        super().__init__()
+        self.remember = remember
+        self.open, self.context, self.config = True, SimpleNamespace(use=True), {"run": {"use": True}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.remember(self, bool(x.mean() > 0))
+        return x
+
+
+class Gated(nn.Module):
+    def __init__(self, gate: Gate, asks: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self.fc, self.bn, self.gate, self.asks = nn.Linear(3, 4), nn.BatchNorm1d(4), gate, asks
+        self.context, self.config = gate.context, gate.config
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc(x)
+        return self.bn(h) if self.asks(self) else h
+
+
+@pytest.mark.parametrize(
+    ("remember", "asks"),
+    [
+        (lambda gate, value: setattr(gate, "open", value), lambda block: block.gate.open),
+        (lambda gate, value: setattr(gate.context, "use", value), lambda block: block.context.use),
+        (lambda gate, value: gate.config["run"].update(use=value), lambda block: block.config["run"]["use"]),
+        (lambda gate, value: gate.train(value), lambda block: block.gate.training),
+    ],
+)
+def test_decision_that_comes_through_what_two_modules_share_keeps_the_batchnorm(
+    remember: Any, asks: Any, judge: Judge, randomised: Any
+) -> None:
+    gate = Gate(remember)
+    # What is so when the run begins it has not found out.
+    below = -X.abs() if "train" not in remember.__code__.co_names else X.abs()
+    always = nn.Sequential(gate, Gated(gate, lambda block: asks(block) is not None))
+    judge(always, below, kept={"1.bn": "python-value"}, others=[(X.abs(),), (-X.abs(),)])
+
+
+def test_block_that_a_decision_changes_inside_keeps_its_batchnorm(judge: Judge, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.block[1].eps = 1e-5 if bool(x.mean() > 9) else 1.0
+        return m.block(x)
+
+    judge(net(forward, block=nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))), X, kept={"block.1": "python-value"})
 
 
 def test_private_attribute_that_changes_is_no_decision(judge: Judge, net: Any) -> None:

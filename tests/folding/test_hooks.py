@@ -30,6 +30,16 @@ def test_hook_on_the_layer_or_the_batchnorm_keeps_it(judge: Judge, place: str, k
     judge(model, X, kept={"1": code})
 
 
+def test_hook_on_the_gradients_of_the_layer_or_the_batchnorm_keeps_it(judge: Judge) -> None:
+    for place, kind, code in (
+        (0, "register_full_backward_pre_hook", "other-reader"),
+        (1, "register_full_backward_hook", "hook"),
+    ):
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        getattr(model[place], kind)(lambda *_: None)
+        judge(model, X, kept={"1": code})
+
+
 def test_hook_that_changes_the_layers_output_keeps_the_batchnorm(judge: Judge) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     model[0].register_forward_hook(lambda module, args, output: output.relu())

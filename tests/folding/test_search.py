@@ -209,6 +209,50 @@ def test_note_counts_the_digits_of_the_dtype(gain: float, dtype: torch.dtype, no
     assert "inf" not in fold.note
 
 
+@pytest.mark.parametrize(("dtype", "mean"), [(torch.bfloat16, 30.0), (torch.float16, 300.0), (torch.float32, 3000.0)])
+def test_a_narrow_dtype_is_warned_of_earlier(dtype: torch.dtype, mean: float) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
+    for expected, factor in ((True, 1.0), (False, 0.1)):
+        nn.init.constant_(model[1].running_mean, factor * mean)
+        (fold,) = plan_folding(model.to(dtype), (X.to(dtype),)).folds
+        assert (fold.note is not None) == expected
+
+
+def test_weights_that_float16_could_hardly_tell_apart_stay() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).half().eval()
+    model[1].float()
+    for var, folds in ((1e4, True), (1e13, False)):
+        nn.init.constant_(model[1].running_var, var)
+        assert bool(plan_folding(model, (X.half(),)).folds) == folds
+    # A channel that is switched off may vanish.
+    nn.init.constant_(model[1].running_var, 1.0)
+    with torch.no_grad():
+        model[1].weight[0] = 1e-7
+    assert plan_folding(model, (X.half(),)).folds
+
+
+def test_subnormal_weights_of_float16_are_kept_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(64, 8, bias=False), nn.BatchNorm1d(8)).eval()
+    nn.init.constant_(model[1].running_var, 1e6)
+    model[0].half()
+    x = (1e3 * torch.randn(16, 64)).half()
+    folded = fold_batchnorm(model, (x,))
+    torch.testing.assert_close(folded(x), model(x), rtol=0, atol=0.005)
+
+
+def test_cast_to_a_narrower_dtype_before_the_layer_keeps_the_batchnorm(net: Any) -> None:
+    modules = {"bn": nn.BatchNorm1d(3), "fc": nn.Linear(3, 4)}
+    for narrow in (torch.float16, torch.bfloat16):
+        model = net(lambda m, x, narrow=narrow: m.fc(m.bn(x.tanh()).to(narrow)), **modules)
+        model.fc.to(narrow)
+        code, reason = kept(model, X.float())
+        assert code == "no-layer"
+        assert "rounds to a narrower dtype" in reason
+        model.fc.float()
+    wide = net(lambda m, x: m.fc(m.bn(x.tanh().half()).float()), **modules)
+    assert plan_folding(wide.eval(), (X.float(),)).folds
+
+
 def test_dead_channel_is_noted_in_words() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double().eval()
     model[1].running_var[0] = 0.0
