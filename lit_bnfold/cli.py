@@ -24,6 +24,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_bnfold import __version__
 from lit_bnfold.callbacks import BatchNormFolding, HistogramMonitor, UpdateRatioMonitor
 from lit_bnfold.callbacks.best_checkpoint import BestCheckpoint
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
@@ -168,6 +169,8 @@ class NamesCLI(LightningCLI):
         path = config.ckpt_path
         if path == "last":
             path = str(find_last_checkpoint(Path(config.trainer.default_root_dir or ".")))
+        if path is not None and "://" not in path and not Path(path).exists():
+            raise FileNotFoundError(f"Expected a checkpoint at {path}, found nothing.")
         if path is None and self.config.subcommand == "predict":
             raise ValueError("Expected a checkpoint to sample names from; pass --ckpt_path FILE, or --ckpt_path last.")
         if path is not None and Path(path).is_file():
@@ -197,7 +200,8 @@ class NamesCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with a progress bar that is drawn now and then."""
         config = self.config_init[self.subcommand].trainer
-        callbacks = list(config.callbacks or [])
+        callbacks = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        callbacks = [each for each in callbacks if each is not None]
         if self.subcommand == "predict":
             kwargs["enable_progress_bar"] = bool(config.enable_progress_bar)
             if config.devices == "auto":
@@ -211,9 +215,12 @@ class NamesCLI(LightningCLI):
         if self.subcommand != "fit" and config.logger is None:
             # There would be nothing in its directory.
             kwargs["logger"] = False
+        has_checkpoints = config.enable_checkpointing is not False
+        kwargs["enable_checkpointing"] = True  # Lightning takes no checkpoint callbacks without, which are ours here.
         trainer = super().instantiate_trainer(**kwargs)
         is_written = trainer.loggers and not trainer.fast_dev_run  # type: ignore[attr-defined]
         unwanted: tuple[type[Callback], ...] = () if is_written else _MONITORS
+        unwanted += () if has_checkpoints else (Checkpoint,)
         if self.subcommand != "fit":
             unwanted = _TRAINING_CALLBACKS
         callbacks = [each for each in trainer.callbacks if not isinstance(each, unwanted)]  # type: ignore[attr-defined]
@@ -253,6 +260,9 @@ def main(args: list[str] | None = None) -> None:
     """
     _silence_noise()
     given = sys.argv[1:] if args is None else args
+    if given == ["--version"]:
+        print(f"lit-bnfold {__version__}")
+        return
     try:
         if given[:1] == ["fold"]:
             fold(given[1:])

@@ -206,10 +206,18 @@ def sentence(message: str, options: Iterable[str]) -> str:
         return _of_unknown(["--" + ".".join(filter(None, unknown.groups()))], list(options))
     message = re.sub(r'^Parser key "(.+?)":', r"--\1:", message)
     message = re.sub(r"^argument (?:subcommand: )?", "", message)
+    key = message.split(":")[0]
+    lacking = re.search(r"given class_path '(?:.*\.)?(\w+)':\s+the following arguments are required: (.*)", message)
+    if lacking is not None:
+        return f"{key}: {lacking[1]} needs {', '.join(f'{key}.{name}' for name in lacking[2].split(', '))}."
+    nested = re.search(r"Given value: NestedArg\(key='(.*?)', val=(.*)\)", message)
+    kinds = nested and re.search(rf"Parser key \"{re.escape(nested[1])}\":[\s\S]*?Subtypes: \[(.*)\]", message)
+    if nested and kinds:
+        return f"{key}.{nested[1]}: expected {_in_words(kinds[1])}, got {nested[2]}."
     union = re.search(r"Subtypes: \[(.*)\]\n[\s\S]*Given value: (.*)", message)
     wrong = union or re.search(r"Expected an? (.*?)\. Got value: (.*)", message)
     if wrong is not None:
-        return f"{message.split(':')[0]}: expected {_in_words(wrong[1])}, got {wrong[2]}."
+        return f"{key}: expected {_in_words(wrong[1])}, got {wrong[2]}."
     return " ".join(message.split()).rstrip(".") + "."
 
 

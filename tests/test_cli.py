@@ -23,6 +23,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lit_bnfold
 import lit_bnfold.callbacks.export as exporting
 from lit_bnfold import BatchNormFolding, BatchNormMLP, HistogramMonitor, NamesDataModule, UpdateRatioMonitor
 from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
@@ -694,6 +695,40 @@ def test_an_argument_that_a_checkpoint_overrides_is_named(value: str, is_left_ou
 )
 def test_the_arguments_of_the_network_are_those_that_are_flagged(args: list[str], names: set[str]) -> None:
     assert _arguments_of_the_network(args, []) == names
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--trainer.logger", "CSVLogger"], "--trainer.logger: CSVLogger needs --trainer.logger.save_dir."),
+        (["--lr_scheduler", "StepLR"], "--lr_scheduler: StepLR needs --lr_scheduler.step_size."),
+        (["--optimizer", "SGD", "--optimizer.lr", "x"], "--optimizer.lr: expected float, Tensor, got 'x'."),
+        (["--ckpt_path", "nothing.ckpt"], "Expected a checkpoint at nothing.ckpt, found nothing."),
+    ],
+)
+def test_a_mistake_further_in_is_named(
+    args: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert leaves(capsys, "fit", *args).splitlines()[0] == f"lit-bnfold: {said}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fit_without_checkpoints_writes_none_but_the_folded_one(words: Path, tmp_path: Path) -> None:
+    root = ["--trainer.default_root_dir", str(tmp_path), "--data.words", str(words)]
+    main(["fit", *QUIET, *SHORT, *root, "--trainer.enable_checkpointing", "false", "--trainer.logger", "false"])
+    assert [path.name for path in tmp_path.rglob("*.ckpt")] == ["folded.ckpt"]
+
+
+def test_one_callback_needs_no_brackets(words: Path, tmp_path: Path) -> None:
+    root = ["--trainer.default_root_dir", str(tmp_path), "--data.words", str(words), "--trainer.logger", "false"]
+    main(["fit", *QUIET, *SHORT, *root, "--trainer.callbacks", "lightning.pytorch.callbacks.EMAWeightAveraging"])
+    assert (tmp_path / "folded.ckpt").is_file()
+
+
+def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"lit-bnfold {lit_bnfold.__version__}\n"
 
 
 def test_an_error_without_words_is_named() -> None:

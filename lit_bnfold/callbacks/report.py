@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,7 @@ def print_report(report: Report) -> None:
         # Of versions that disagree nothing is written.
         place = "folding.json" if report["mismatch"] is None else "the callback's `plan`"
         sentences.append(f"{len(report['kept']) - _MOST_KEPT} more stay; {place} says of each why.")
-    for sentence in map(printable, sentences):
+    for sentence in map(_writable, sentences):
         console.print(sentence, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
@@ -266,7 +267,13 @@ def _numbers_table(report: Report, style: Mapping[str, Any]) -> Table:
 
 def _add_row(table: Table, *cells: str) -> None:
     # A name is text, whatever brackets it has.
-    table.add_row(*(Text(_shortened(printable(cell))) for cell in cells))
+    table.add_row(*(Text(_shortened(_writable(cell))) for cell in cells))
+
+
+def _writable(text: str) -> str:
+    """A printable text with what the encoding of the terminal lacks written in letters that it has."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def printable(text: str) -> str:

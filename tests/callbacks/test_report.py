@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +226,11 @@ def test_a_metric_that_only_one_version_logged_is_shown_all_the_same(capsys: pyt
     runs = ValidationRun({"val/loss": 2.4}, (1,)), ValidationRun({"val/other": 2.0}, (1,))
     print_report(make_report(FoldingPlan(), [], runs, None, "last", 1e-4))
     assert "nan" in capsys.readouterr().out
+
+
+def test_a_terminal_that_lacks_a_letter_gets_it_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    kept = [Kept("größe", "the output of `größe` is returned by the model", "kept-alive")]
+    print_report(make_report(FoldingPlan(kept=tuple(kept)), [], (None, None), None, "last", 1e-4))
+    assert rb"gr\xf6\xdfe stays: the output of `gr\xf6\xdfe` is returned" in written.getvalue()
