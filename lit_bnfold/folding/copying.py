@@ -71,13 +71,17 @@ def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
         FoldingError: If it cannot be copied.
     """
     modules, memo = _inside_first(model), memo or {}
+    held = _held(modules)
+    # Data is not part of a model.
+    known: dict[int, Any] = {id(value): value for value in held if isinstance(value, (Dataset, DataLoader))}
     # Tensors with a history, and sparse ones, which Python cannot copy.
-    odd = (each for each in tensors_in(_held(modules)) if not each.is_leaf or each.layout in _COMPRESSED)
-    known = {id(tensor): tensor.detach().clone() for tensor in odd} | memo
+    parts = [value for value in held if id(value) not in known]
+    odd = (each for each in tensors_in(parts) if not each.is_leaf or each.layout in _COMPRESSED)
+    known |= {id(tensor): tensor.detach().clone() for tensor in odd} | memo
     ordinary = {kind for kind in set(map(type, modules)) if _is_ordinary(kind)}
-    # There is one of each module of Python, and Python does not copy it. Data is not part of a model.
-    attributes = [value for module in modules for value in vars(module).values()]
-    known |= {id(value): value for value in attributes if isinstance(value, (ModuleType, Dataset, DataLoader))}
+    # There is one of each module of Python, and Python does not copy it.
+    others = [value for module in modules if type(module) not in ordinary for value in vars(module).values()]
+    known |= {id(value): value for value in others if type(value) is ModuleType}
     try:
         copied = _deepcopy(model, [module for module in modules if type(module) in ordinary], known)
     except Exception as error:

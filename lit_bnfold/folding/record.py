@@ -679,6 +679,8 @@ class Recorder:
         return value.constant and value.storage not in self._varying
 
 
+_MOST_VALUES = 1000
+
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -698,6 +700,8 @@ def _plain_values(value: Any, depth: int = 2) -> Any:
         return value
     if depth == 0 or isinstance(value, (Tensor, nn.Module, type)):
         return None
+    if isinstance(value, (dict, list, tuple, set, deque)) and len(value) > _MOST_VALUES:
+        return len(value)  # That is data, such as a vocabulary.
     if isinstance(value, dict):
         return {key: _plain_values(each, depth - 1) for key, each in value.items()}
     if isinstance(value, (list, tuple, set, deque)):
