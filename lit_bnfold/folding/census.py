@@ -24,17 +24,15 @@ from lit_bnfold.folding.computed import computed_tensors, is_computing_hook
 from lit_bnfold.folding.graph import BatchNorm, FoldingError, Layer, Obstacle
 from lit_bnfold.folding.kinds import (
     KIND_OF_FUNCTION,
-    KINDS,
     NORMALISING,
     BatchNormKind,
     Kinds,
     Normalisation,
     own_tensors,
 )
+from lit_bnfold.folding.tensors import is_plain
 
-FOLDABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-_TORCHS_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
+_FOLDABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Gains(NamedTuple):
@@ -68,7 +66,7 @@ class Census:
             the ``ParametrizationList`` or a forward pre-hook.
     """
 
-    def __init__(self, model: nn.Module, kinds: Kinds = KINDS) -> None:
+    def __init__(self, model: nn.Module, kinds: Kinds) -> None:
         self.kinds = kinds
         self.names = {module: name for name, module in model.named_modules()}
         everywhere = _global_forward_hooks or _global_forward_pre_hooks
@@ -206,7 +204,7 @@ class Census:
             is_parameter = type(tensor) is nn.Parameter or (tensor not in used and type(tensor) is Tensor)
             if not is_parameter or tensor.layout is not torch.strided or tensor.is_meta:
                 return "unusual-weight", f"`{called}` is not an ordinary parameter"
-            if tensor in used and tensor.dtype not in FOLDABLE_DTYPES:
+            if tensor in used and tensor.dtype not in _FOLDABLE_DTYPES:
                 return "unusual-weight", f"`{called}` is of {tensor.dtype}, which cannot be scaled"
             if len(self._owners[tensor]) > 1:
                 # A module around the layer can reach its weight in any case, and keeps the same one.
@@ -287,15 +285,6 @@ def _seal(module: nn.Module) -> Obstacle | None:
     if "_orig_mod" in module._modules:
         return "opaque", "it is part of a compiled module; fold the model before compiling it"
     return None
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether operations on a tensor are torch's own; a subclass may give them another meaning."""
-    kind = type(tensor)
-    if kind is Tensor or kind is nn.Parameter:
-        return True
-    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
-    return function in _TORCHS_FUNCTIONS and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def names_around(name: str) -> list[str]:

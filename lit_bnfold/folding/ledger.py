@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lit_bnfold.folding.census import is_plain
 from lit_bnfold.folding.graph import Value, ValueGraph
-from lit_bnfold.folding.tensors import memory_of, stride_of
+from lit_bnfold.folding.tensors import is_plain, memory_of, stride_of
 
 
 class Ledger:

@@ -38,7 +38,7 @@ from lit_bnfold.folding.turn import TURN
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def apply_plan(plan: FoldingPlan, model: _Model, *, inplace: bool = False, kinds: Kinds = KINDS) -> _Model:
+def apply_plan(plan: FoldingPlan, model: _Model, *, inplace: bool, kinds: Kinds) -> _Model:
     """Fold a model by a plan.
 
     Args:
@@ -388,7 +388,7 @@ def _new_rest(kind: Any, left: type[nn.Module]) -> Any:
     return rest.__new__(rest)
 
 
-def erase(batchnorm: nn.Module, fold: Fold, kinds: Kinds = KINDS) -> Undo:
+def erase(batchnorm: nn.Module, fold: Fold, kinds: Kinds) -> Undo:
     """Take a BatchNorm's normalisation away where it stands, so that no second reference to it still normalises.
 
     Args:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 WITHOUT_TENSORS = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, ModuleType}
 """Types of what holds no tensor and may be shared by a copy."""
 
+_TORCHS_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
+
 
 def holds_no_tensor(value: Any) -> bool:
     """Whether a value is a plain one, or a tuple of such; it may be shared by a copy.
@@ -59,6 +61,19 @@ def _branches(tree: Any) -> Sequence[Any]:
     if is_dataclass(tree):
         return [getattr(tree, field.name, None) for field in fields(tree)]
     return list(getattr(tree, "__dict__", {}).values())
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether operations on a tensor are torch's own; a subclass may give them another meaning.
+
+    Args:
+        tensor: A tensor of any shape.
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind is nn.Parameter:
+        return True
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    return function in _TORCHS_FUNCTIONS and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def stride_of(tensor: Tensor) -> tuple[int, ...]:

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_bnfold.folding.algebra import scale_and_shift
-from lit_bnfold.folding.census import is_plain
 from lit_bnfold.folding.computed import bake, computed_tensors, is_steady
 from lit_bnfold.folding.copying import copy_model, twin_of
 from lit_bnfold.folding.graph import FoldingError, Obstacle, ValueGraph
@@ -31,7 +30,7 @@ from lit_bnfold.folding.moved import Function, moves
 from lit_bnfold.folding.plan import Fold, FoldingPlan
 from lit_bnfold.folding.record import Recorder
 from lit_bnfold.folding.rewrite import erase, make_ordinary
-from lit_bnfold.folding.tensors import address_of, stride_of, tensors_in
+from lit_bnfold.folding.tensors import address_of, is_plain, stride_of, tensors_in
 
 # Below it float16 has less than two digits, and there is a weight of a BatchNorm that hardly counts.
 _FEW_DIGITS, _HARDLY = torch.finfo(torch.float16).smallest_normal / 32, 1e-3
