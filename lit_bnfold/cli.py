@@ -169,7 +169,9 @@ class NamesCLI(LightningCLI):
         path = config.ckpt_path
         if path == "last":
             path = str(find_last_checkpoint(Path(config.trainer.default_root_dir or ".")))
-        if path is not None and "://" not in path and not Path(path).exists():
+        is_on_disk = path is not None and "://" not in path
+        if self.config.subcommand == "fit" and is_on_disk and not Path(path).exists():
+            # Lightning would find that out when the files of the run are there.
             raise FileNotFoundError(f"Expected a checkpoint at {path}, found nothing.")
         if path is None and self.config.subcommand == "predict":
             raise ValueError("Expected a checkpoint to sample names from; pass --ckpt_path FILE, or --ckpt_path last.")
@@ -340,7 +342,7 @@ def _data_arguments(path: str, checkpoint: Mapping[str, Any]) -> list[str]:
         ]
     # A tensor, for one, is no argument, and its truth may be ambiguous.
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}, `datamodule_hyper_parameters`: {one_line(error)}") from error
+        raise ValueError(f"{path}, `datamodule_hyper_parameters`: {one_line(error)}.") from error
 
 
 def _arguments_of_the_network(args: Sequence[str], configurations: Sequence[Mapping[str, Any]]) -> set[str]:

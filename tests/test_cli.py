@@ -787,8 +787,8 @@ def test_a_checkpoint_of_another_project_is_sent_to_the_command_that_takes_it(
     ("arguments", "sentence"),
     [
         ({"batch_size": "x"}, "batch_size: expected an int, got 'x'; pass a whole number."),
-        ({"replacement": torch.zeros(3)}, "Object of type Tensor is not JSON serializable"),
-        ({"fractions": torch.ones(3, 3)}, "Boolean value of Tensor with more than one value is ambiguous"),
+        ({"replacement": torch.zeros(3)}, "Object of type Tensor is not JSON serializable."),
+        ({"fractions": torch.ones(3, 3)}, "Boolean value of Tensor with more than one value is ambiguous."),
     ],
 )
 def test_arguments_of_the_data_that_are_none_are_those_of_the_checkpoint(

@@ -178,8 +178,6 @@ class BatchNormFolding(Callback):
         self.plan = self.report = self.folded_module = self._resumed = None
         self._has_tried = False
         self._check_dirpath()
-        if self.dirpath is None:
-            _local(trainer.log_dir or trainer.default_root_dir)
         strategy = type(trainer.strategy).__name__
         if strategy in SHARDED_STRATEGIES:
             raise FoldingError(
@@ -187,6 +185,8 @@ class BatchNormFolding(Callback):
                 "and fold a checkpoint afterwards with `lit-bnfold fold --ckpt_path CHECKPOINT --model "
                 f"some.module.Class`, which takes {SHARDED_STRATEGIES[strategy]}."
             )
+        if self.dirpath is None:
+            _local(trainer.log_dir or trainer.default_root_dir)
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
