@@ -31,6 +31,7 @@ from lit_bnfold.callbacks.last_checkpoint import LastCheckpoint
 from lit_bnfold.callbacks.monitor import OnWrittenSteps, skip_idle_hooks
 from lit_bnfold.callbacks.restoring import Restoring
 from lit_bnfold.callbacks.speed import SpeedMonitor
+from lit_bnfold.checkpoint import MANIFEST
 from lit_bnfold.fold_command import SUMMARY, find_last_checkpoint, fold
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
@@ -324,10 +325,11 @@ def _require_names_example(path: str, checkpoint: Mapping[str, Any]) -> None:
         if class_path is not None and (what == "model" or class_path.rpartition(".")[2] != of_class.__name__):
             found = f"one of a LightningCLI with the {what} class {class_path}"
         if found is not None:
-            raise ValueError(
-                f"{path}: expected a checkpoint that `lit-bnfold fit` wrote, got {found}; to fold it: `lit-bnfold fold "
-                f"--ckpt_path {path} --model some.module.Class --data some.module.DataClass`."
+            fold_it = f"lit-bnfold fold --ckpt_path {path} --model some.module.Class --data some.module.DataClass"
+            remedy = (
+                "it is folded, and `load_folded` loads it" if MANIFEST in checkpoint else f"to fold it: `{fold_it}`"
             )
+            raise ValueError(f"{path}: expected a checkpoint that `lit-bnfold fit` wrote, got {found}; {remedy}.")
 
 
 def _data_arguments(path: str, checkpoint: Mapping[str, Any]) -> list[str]:

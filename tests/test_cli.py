@@ -783,6 +783,15 @@ def test_a_checkpoint_of_another_project_is_sent_to_the_command_that_takes_it(
     )
 
 
+def test_a_folded_checkpoint_of_another_project_is_not_sent_to_be_folded(
+    saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "folded.ckpt"
+    torch.save(torch.load(saved.folded, weights_only=True) | OTHER_HYPERPARAMETERS["model"][0], other)
+    said = leaves(capsys, "validate", "--ckpt_path", other, *QUIET)
+    assert said.endswith("with width, depth; it is folded, and `load_folded` loads it.")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
