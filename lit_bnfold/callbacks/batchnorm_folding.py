@@ -72,6 +72,9 @@ class BatchNormFolding(Callback):
     is set. Where there is nothing to validate on, or validation calls nothing, one call of ``forward`` has to do: on
     the module's ``example_input_array`` or on what a training batch begins with.
 
+    Both validations run the module's own hooks. Loggers and ``trainer.save_checkpoint`` are silent meanwhile, and its
+    ``state_dict`` gives the unfolded weights; but files that the hooks write in other ways are written again.
+
     The report also says what folding saves. For that, copies of both versions are run for a moment: a twentieth of the
     time that a validation takes, a little more after a short one, and never more than 2 seconds. A TensorBoardLogger
     gets both graphs, a chart with both versions of each metric, the plan and more, under ``folding``.
