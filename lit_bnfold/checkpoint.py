@@ -209,16 +209,21 @@ def save_folded(
         UnfaithfulError: If what the module writes leads to another one when it is loaded; then nothing is written.
         OSError: If the file cannot be written.
     """
+    lost: list[str] = []
 
     def add(checkpoint: dict[str, Any]) -> None:
         _add_manifest(plan, checkpoint)
         checkpoint.update(progress or {})
-        _check_is_whole(pl_module, plan, checkpoint)
+        if trainer.is_global_zero:  # Others may give nothing, as nothing of them is written.
+            lost.extend(_losses(pl_module, plan, checkpoint))
 
     undo = _add_to_hook(pl_module, "on_save_checkpoint", add)
     try:
         with whole_file(path, trainer, outdated) as part:
             trainer.save_checkpoint(part, weights_only=True)
+            # All processes raise, or none: they meet where the file is written.
+            for sentence in trainer.strategy.broadcast(lost):
+                raise UnfaithfulError(sentence)
     finally:
         undo()
 
@@ -383,27 +388,29 @@ class UnfaithfulError(FoldingError):
     """A module writes checkpoints from which another one is loaded."""
 
 
-def _check_is_whole(pl_module: LightningModule, plan: FoldingPlan, checkpoint: Mapping[str, Any]) -> None:
-    """Make sure that a checkpoint holds each folded layer as it is, and nothing of a folded BatchNorm."""
+def _losses(pl_module: LightningModule, plan: FoldingPlan, checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    """What is in the way of loading each folded layer from a checkpoint as it is, as the beginning of a sentence."""
     if _first_loss(pl_module, plan, checkpoint["state_dict"]) is None:
         return
     # Perhaps the module writes under other names, and knows them when it loads.
-    try:
+    with suppress(FoldingError):  # Of one that cannot be copied nobody can tell.
         copied = eval_copy(pl_module, (), _trainer_of(pl_module))
         for _, tensor in _folded_tensors(copied, plan):
             tensor.fill_(torch.nan)
-        loaded = dict(checkpoint) | {"state_dict": copy.copy(checkpoint["state_dict"])}
-        loaded["state_dict"].pop(SIGNPOST)
-        copied.on_load_checkpoint(loaded)
-        copied.load_state_dict(loaded["state_dict"], strict=copied.strict_loading)
+        try:
+            loaded = copy.deepcopy(dict(checkpoint))
+            loaded["state_dict"].pop(SIGNPOST)
+            copied.on_load_checkpoint(loaded)
+            copied.load_state_dict(loaded["state_dict"], strict=copied.strict_loading)
+        except Exception as error:
+            yield f"its folded.ckpt could not be loaded again: {' '.join(str(error).split())}"
+            return
         lost = _first_loss(pl_module, plan, dict(_folded_tensors(copied, plan)))
-    except Exception as error:
-        raise UnfaithfulError(f"its folded.ckpt could not be loaded again: {error}") from error
-    if lost is not None:
-        raise UnfaithfulError(
-            f"its folded.ckpt would not hold `{lost}` as it is folded, for the module's `state_dict` or "
-            "`on_save_checkpoint` leaves it out or changes it"
-        )
+        if lost is not None:
+            yield (
+                f"its folded.ckpt would not hold `{lost}` as it is folded, for the module's `state_dict` or "
+                "`on_save_checkpoint` leaves it out or changes it"
+            )
 
 
 def _first_loss(pl_module: nn.Module, plan: FoldingPlan, state: Mapping[str, Any]) -> str | None:

@@ -219,7 +219,8 @@ class NamesCLI(LightningCLI):
             # There would be nothing in its directory.
             kwargs["logger"] = False
         has_checkpoints = config.enable_checkpointing is not False
-        kwargs["enable_checkpointing"] = True  # Lightning takes no checkpoint callbacks without, which are ours here.
+        if not has_checkpoints:
+            kwargs["enable_checkpointing"] = True  # Else Lightning refuses the callbacks, which are taken out below.
         trainer = super().instantiate_trainer(**kwargs)
         is_written = trainer.loggers and not trainer.fast_dev_run  # type: ignore[attr-defined]
         unwanted: tuple[type[Callback], ...] = () if is_written else _MONITORS

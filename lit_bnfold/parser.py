@@ -214,6 +214,8 @@ def sentence(message: str, options: Iterable[str]) -> str:
     kinds = nested and re.search(rf"Parser key \"{re.escape(nested[1])}\":[\s\S]*?Subtypes: \[(.*)\]", message)
     if nested and kinds:
         return f"{key}.{nested[1]}: expected {_in_words(kinds[1])}, got {nested[2]}."
+    if nested:
+        return f"{key}.{nested[1]}: expected {key} before it, the class that takes it."
     union = re.search(r"Subtypes: \[(.*)\]\n[\s\S]*Given value: (.*)", message)
     wrong = union or re.search(r"Expected an? (.*?)\. Got value: (.*)", message)
     if wrong is not None:

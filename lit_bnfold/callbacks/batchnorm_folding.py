@@ -31,11 +31,10 @@ from lit_bnfold.callbacks.tolerance import default_tolerance, dtype_tolerance
 from lit_bnfold.callbacks.validation import (
     ValidationRun,
     first_training_batch,
+    nothing_saved,
     run_validation,
     same_random_numbers,
     weights_put_back,
-    with_state_dict,
-    writes_of,
 )
 from lit_bnfold.checkpoint import (
     SHARDED_STRATEGIES,
@@ -72,8 +71,8 @@ class BatchNormFolding(Callback):
     is set. Where there is nothing to validate on, or validation calls nothing, one call of ``forward`` has to do: on
     the module's ``example_input_array`` or on what a training batch begins with.
 
-    Both validations run the module's own hooks. Loggers and ``trainer.save_checkpoint`` are silent meanwhile, and its
-    ``state_dict`` gives the unfolded weights; but files that the hooks write in other ways are written again.
+    Both validations run the module's own hooks. Loggers are silent meanwhile, and of the folded weights neither
+    ``trainer.save_checkpoint`` nor ``torch.save`` writes files; what the hooks write in other ways is written again.
 
     The report also says what folding saves. For that, copies of both versions are run for a moment: a twentieth of the
     time that a validation takes, a little more after a short one, and never more than 2 seconds. A TensorBoardLogger
@@ -153,7 +152,7 @@ class BatchNormFolding(Callback):
         self.report: Report | None = None
         self.folded_module: LightningModule | None = None
         self._progress: dict[str, Any] = {}
-        # The one that the weights which are folded were validated in.
+        # The one that the weights which are folded were trained in.
         self._epoch: int | None = None
         self._stages = Stages()
         # The best checkpoint that there was when training began.
@@ -162,6 +161,7 @@ class BatchNormFolding(Callback):
         self._resumed: str | Path | None = None
         self._load_as_before: Callable[[], None] | None = None
         self._has_tried = False
+        self._has_written = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and go to the end of the line: what the other callbacks do comes first.
@@ -196,7 +196,7 @@ class BatchNormFolding(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say if there is nothing to fold or to prove it on, now that the module has built whatever it builds late."""
         self._end_taking_folded()
-        self._resumed, self._epoch = trainer.ckpt_path, None
+        self._resumed = trainer.ckpt_path
         self._found_best = best_of(trainer)
         if not _has_batchnorms(pl_module):
             rank_zero_warn(f"BatchNormFolding has nothing to fold: {type(pl_module).__name__} has no BatchNorm.")
@@ -205,11 +205,6 @@ class BatchNormFolding(Callback):
                 "BatchNormFolding will find nothing to validate on, and will try `forward` on what a training batch "
                 "begins with. If that is not what it takes, set `example_input_array`, or give a validation loader."
             )
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the epoch, which the validations at the end shall have as well."""
-        if not trainer.sanity_checking:
-            self._epoch = trainer.current_epoch
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fold and prove.
@@ -220,6 +215,8 @@ class BatchNormFolding(Callback):
         """
         self._has_tried = True
         directory = _local(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+        # The current one is the next by now.
+        self._epoch = max(0, trainer.current_epoch - 1)
 
         def validate(callbacks: Sequence[Callback]) -> ValidationRun | None:
             return run_validation(trainer, pl_module, callbacks, self._epoch)
@@ -248,7 +245,9 @@ class BatchNormFolding(Callback):
             if self.on_mismatch == "raise" or trainer.world_size > 1:
                 raise
             self._stages.clear()
-            rank_zero_warn(f"BatchNormFolding did not come to its end: {reason_of(error)}.")
+            self.plan = self.report = self.folded_module = None
+            written = "Its folded.ckpt is written" if self._has_written else "Nothing was written"
+            rank_zero_warn(f"BatchNormFolding did not come to its end: {reason_of(error)}. {written}.")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was."""
@@ -323,7 +322,8 @@ class BatchNormFolding(Callback):
                 # Both versions draw the same random numbers.
                 with same_random_numbers(trainer.global_rank):
                     if is_loaded:  # The weights stay in the module for the second run, be they folded then.
-                        trainer.validate(pl_module, **kwargs)
+                        with weights_put_back(pl_module):
+                            trainer.validate(pl_module, **kwargs)
                     else:
                         careful = weights_only is not False
                         self._validate_checkpoint(trainer, pl_module, ckpt_path, careful, **kwargs)
@@ -389,8 +389,7 @@ class BatchNormFolding(Callback):
     ) -> None:
         """The order of events: validate and watch, plan, fold, validate again, compare, write."""
         # A checkpoint that this training went on from may have brought the report of an earlier one.
-        self.report = None
-        writes = [(parameter, writes_of(parameter)) for parameter in pl_module.parameters()]
+        self.report, self._has_written = None, False
         try:
             original, before = self._watch_original(trainer, pl_module, validate, lends=lends)
         except _NothingToProveOnError as error:
@@ -406,16 +405,8 @@ class BatchNormFolding(Callback):
         trained = {address_of(parameter) for parameter in pl_module.parameters()}
         self._stages.begin(f"validating with {len(plan.folds)} of {len(plan.folds) + len(plan.kept)} folded")
         unfolded, start = runnable_copy(pl_module, trainer), time.perf_counter()
-        # A hook of the module may put other weights into it for the time of a validation.
-        written = [parameter for parameter, before in writes if writes_of(parameter) != before]
-        state = pl_module.state_dict()
         with folded_in_place(plan, pl_module):
-            with (
-                folded,
-                first_call(pl_module) as calls,
-                weights_put_back(written),
-                with_state_dict(pl_module, state),
-            ):
+            with folded, first_call(pl_module) as calls, nothing_saved(trainer):
                 after = validate([] if original.is_of_an_example else [folded])
                 seconds = time.perf_counter() - start
                 if original.is_of_an_example:
@@ -532,6 +523,7 @@ class BatchNormFolding(Callback):
             except UnfaithfulError as error:
                 self.report["mismatch"] = str(error)
                 return
+            self._has_written = True
             tolerance = self.tolerance or dtype_tolerance(pl_module)
             self.report["exports"] = export_files(
                 self.export, trainer, folded, calls, directory, tolerance, self._stages.begin

@@ -112,6 +112,10 @@ class Witness(Callback):
         """Stop watching."""
         self.conclude(batch_idx, dataloader_idx)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop watching: what was written since then is put back next, and not by the module."""
+        self._watching.close()
+
     def conclude(self, batch_idx: int, dataloader_idx: int) -> None:
         """End a batch.
 

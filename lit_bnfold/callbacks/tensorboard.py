@@ -48,7 +48,11 @@ def tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
         trainer: The Trainer that they belong to. Only its first rank writes: on the others there are none.
     """
     loggers: list[Any] = trainer.loggers if trainer.is_global_zero else []
-    return [each for each in loggers if any(base.__name__ == "TensorBoardLogger" for base in type(each).__mro__)]
+    return [each for each in loggers if any(map(_is_tensorboards, type(each).__mro__))]
+
+
+def _is_tensorboards(kind: type) -> bool:
+    return kind.__name__ == "TensorBoardLogger" and kind.__module__.startswith(("lightning.", "pytorch_lightning."))
 
 
 def show_in_tensorboard(

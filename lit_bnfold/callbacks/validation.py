@@ -8,8 +8,9 @@ them.
 
 from __future__ import annotations
 
-import copy
+import os
 import random
+import threading
 import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,12 +45,11 @@ from lit_bnfold.folding.tensors import WITHOUT_TENSORS
 _GENERATORS = (torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState)
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
 _OPENED = (nn.Module, dict, list, tuple, deque, set, *_GENERATORS)
+_MOST_PARTS = 10_000
 _HOOKS = tuple(name for name in dir(Callback) if name.startswith("on_"))
 # Where loaders, their datasets and those in turn keep what may draw random numbers.
-_INSIDE_LOADERS = (
-    *("sampler", "batch_sampler", "dataset", "datasets", "collate_fn"),
-    *("transform", "transforms", "target_transform"),
-)
+_INSIDE_LOADERS = ("sampler", "batch_sampler", "dataset", "collate_fn", "transform", "target_transform", "transforms")
+_LISTS_INSIDE_LOADERS = ("datasets", "transforms")
 _LIVE_METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 
@@ -84,11 +84,11 @@ def run_validation(
 ) -> ValidationRun | None:
     """Run the validation of ``pl_module`` once and put everything back as it was, also when validation raises.
 
-    Every run draws the same random numbers, so two runs differ only by what was changed between them. Loggers and
-    ``trainer.save_checkpoint`` write nothing, and of all callbacks ``callbacks`` alone get their validation hooks
-    called. What stays: files that the module writes by itself, what it changes in place in parameters, plain tensor
-    attributes and objects other than Python's containers and torchmetrics, and, if the fit has not validated before,
-    the validation loaders, so that the next run reads the same ones.
+    Every run draws the same random numbers, so two runs differ only by what was changed between them. Loggers write
+    nothing, and of all callbacks only ``callbacks`` get their validation hooks called. What stays: files that the
+    module writes by itself, what it changes in place in plain tensor attributes and in objects other than Python's
+    containers and torchmetrics, and, if the fit has not validated before, the validation loaders, so that the next run
+    reads the same ones.
 
     Args:
         trainer: A Trainer in ``fit``, at a point where no validation runs, such as ``on_train_end``; all ranks of it.
@@ -109,7 +109,13 @@ def run_validation(
     returned_loss = _ReturnedLoss()
     stale = dict(trainer._logger_connector._callback_metrics)
     with _sandbox(trainer, pl_module, [*callbacks, returned_loss], epoch):
-        loop.run()
+        try:
+            loop.run()
+        except BaseException as error:
+            # As Lightning does; they have to be done before all is put back.
+            for callback in callbacks:
+                callback.on_exception(trainer, pl_module, error)
+            raise
         # Lightning puts a new tensor under each key that it updates, so whatever is not an old object was logged now.
         logged = {key: value for key, value in trainer.callback_metrics.items() if value is not stale.get(key)}
         metrics = {key: float(value) for key, value in logged.items() if value.numel() == 1}
@@ -155,15 +161,12 @@ def run_training_steps(
         with _training_sandbox(trainer, pl_module):
             for module, flag in flags.items():
                 module.training = flag
-            put_back = _way_back([*map(_Weight, pl_module.parameters()), *_module_parts(trainer, pl_module)])
             for batch in _training_batches(trainer, pl_module, batches):
-                try:
+                with weights_put_back(pl_module), module_put_back(trainer, pl_module):
                     for parameter in pl_module.parameters():
                         parameter.grad = None
                     with trainer.precision_plugin.train_step_context(), watching:
                         _training_step(pl_module, batch, done)
-                finally:
-                    put_back()
                 done += 1
     return done
 
@@ -228,7 +231,8 @@ def _sandbox(
     """Ready ``trainer`` for a validation run in which only ``callbacks`` take part, and take all of it back."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     epochs: Any = trainer.fit_loop.epoch_progress.current
-    with _put_back([vars(epochs)]), _no_trace(trainer, pl_module, loop, callbacks):
+    # A hook of the module may put other weights into it for the time of a validation, and fail to take them out again.
+    with weights_put_back(pl_module), _put_back([vars(epochs)]), _no_trace(trainer, pl_module, loop, callbacks):
         trainer.validating = True
         # At the end of a training the next epoch is the current one.
         epochs.completed = trainer.current_epoch if epoch is None else epoch
@@ -274,8 +278,7 @@ def _no_trace(
             stack.enter_context(_muted_logger(logger))
         for callback in others:
             stack.enter_context(_muted_callback(callback))
-        silent = {"profiler": PassThroughProfiler(), "save_checkpoint": _nothing}
-        vars(trainer).update(callbacks=[*others, *callbacks], **silent)
+        vars(trainer).update(callbacks=[*others, *callbacks], profiler=PassThroughProfiler())
         # Copies, not empty dicts: a hook of the module may read what training logged.
         for name in _LIVE_METRICS:
             setattr(connector, name, dict(getattr(connector, name)))
@@ -317,15 +320,16 @@ def _loader_parts(loop: Any) -> list[object]:
     """List the loaders of a loop with what they draw from and transform with, as far as these have attributes."""
     combined_loader = loop._combined_loader
     assert combined_loader is not None
-    parts: list[object] = []
+    parts: dict[int, object] = {}
     pending: list[object] = [combined_loader, *combined_loader.flattened]
     while pending:
         part = pending.pop()
-        if hasattr(part, "__dict__") and not any(part is known for known in parts):
-            parts.append(part)
-            found = [vars(part).get(name) for name in _INSIDE_LOADERS]
-            pending += [each for item in found for each in (item if isinstance(item, (list, tuple)) else [item])]
-    return parts
+        if hasattr(part, "__dict__") and not isinstance(part, type) and id(part) not in parts:
+            parts[id(part)] = part
+            pending += [vars(part).get(name) for name in _INSIDE_LOADERS]
+            several = [vars(part).get(name) for name in _LISTS_INSIDE_LOADERS]
+            pending += [each for item in several if isinstance(item, (list, tuple)) for each in item]
+    return list(parts.values())
 
 
 def _module_parts(trainer: Trainer, pl_module: LightningModule) -> Iterator[object]:
@@ -353,6 +357,8 @@ def _module_parts(trainer: Trainer, pl_module: LightningModule) -> Iterator[obje
         else:
             if type(part) in _CONTAINERS:
                 yield part
+            if len(part) > _MOST_PARTS:  # That is data.
+                continue
             inner = part.values() if isinstance(part, dict) else part
             # The first question is the quick one: torch asks its Generator's class in Python.
             pending += (thing for thing in inner if type(thing) not in WITHOUT_TENSORS and isinstance(thing, _OPENED))
@@ -378,13 +384,13 @@ class _Weight:
     parameter: nn.Parameter
 
 
-def weights_put_back(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-    """Put the numbers and the gradients of parameters back as they are on entry.
+def weights_put_back(pl_module: LightningModule) -> AbstractContextManager[None]:
+    """Put the numbers and the gradients of all parameters back as they are on entry.
 
     Args:
-        parameters: The parameters.
+        pl_module: Their module.
     """
-    return _put_back(map(_Weight, parameters))
+    return _put_back(_Weight(parameter) for parameter in pl_module.parameters() if not is_lazy(parameter))
 
 
 # How it is put back: the very same object gets its old content, so that whoever else holds it sees no difference -----
@@ -393,24 +399,14 @@ def weights_put_back(parameters: Iterable[nn.Parameter]) -> AbstractContextManag
 @contextmanager
 def _put_back(parts: Iterable[object], unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Put every one of ``parts`` back, in place, to the state that it has on entry."""
-    put_back = _way_back(parts)
-    try:
-        yield
-    finally:
-        if not unless():
-            put_back()
-
-
-def _way_back(parts: Iterable[object]) -> Callable[[], None]:
-    """Return the call that puts every one of ``parts`` back to the state that it has now, as often as it is made."""
-    undos = [_undo(part) for part in parts]
-
-    def put_back() -> None:
-        with ExitStack() as stack:  # one that fails keeps none of the others from being made
-            for undo in undos:
-                stack.callback(undo)
-
-    return put_back
+    with ExitStack() as stack:
+        for part in parts:
+            stack.callback(_undo(part))
+        try:
+            yield
+        finally:
+            if unless():
+                stack.pop_all()
 
 
 @singledispatch
@@ -458,28 +454,15 @@ def _(part: nn.Parameter) -> Callable[[], object]:
 @_undo.register
 def _(part: Tensor) -> Callable[[], object]:
     # On the CPU, where a second copy of a large buffer does no harm.
-    before, version = part.detach().to("cpu", copy=True), writes_of(part)
+    before = part.detach().to("cpu", copy=True)
 
     def put_back() -> None:
         # Torch cannot compare sparse tensors.
-        is_strided = part.layout is torch.strided
-        if not torch.equal(part.detach().cpu(), before) if is_strided else writes_of(part) != version:
+        if part.layout is not torch.strided or not torch.equal(part.detach().cpu(), before):
             with torch.no_grad():
                 part.copy_(before)
 
     return put_back
-
-
-def writes_of(tensor: Tensor) -> int | None:
-    """How often a tensor was written in place.
-
-    Args:
-        tensor: A tensor of any shape.
-
-    Returns:
-        The number; None for one that is lazy, or of inference mode, of which torch does not count that.
-    """
-    return None if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 @_undo.register
@@ -534,19 +517,27 @@ def same_random_numbers(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def with_state_dict(pl_module: LightningModule, state: Mapping[str, Any]) -> Iterator[None]:
-    """Have the ``state_dict`` of a module give what it gave before the module was folded for a while.
+def nothing_saved(trainer: Trainer) -> Iterator[None]:
+    """Let neither the Trainer nor ``torch.save`` write files, for a hook of the module that keeps what validates best.
 
-    A hook that keeps the weights which validated best shall not keep those of a version that will be gone.
+    The files of a validation of the unfolded module stay, for whoever reads them.
 
     Args:
-        pl_module: The module.
-        state: What it gave. Its tensors hold on to the memory that each parameter had then.
+        trainer: The Trainer.
     """
-    attributes = vars(pl_module)
-    with _put_back([attributes]):
-        attributes["state_dict"] = lambda *args, **kwargs: copy.copy(state)
-        yield
+    save, thread = torch.save, threading.get_ident()
+
+    def save_elsewhere(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() != thread or not isinstance(file, (str, os.PathLike)):
+            save(content, file, *args, **kwargs)
+
+    with _put_back([vars(trainer)]):
+        vars(trainer)["save_checkpoint"] = _nothing
+        torch.save = save_elsewhere  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.save = save
 
 
 # What is kept silent -------------------------------------------------------------------------------------------------
@@ -568,6 +559,9 @@ class _MutedExperiment(_DummyExperiment):
         told = getattr(experiment, name)
         is_answer = type(told) in WITHOUT_TENSORS or isinstance(told, Path) or name.startswith("get_")
         return told if is_answer else _Anything()
+
+    def __getitem__(self, key: Any) -> Any:
+        return _Anything()
 
 
 class _Anything(_DummyExperiment):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,48 @@ class Partly(Tiny):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         state = super().state_dict(*args, **kwargs)
         return {name: tensor for name, tensor in state.items() if not name.startswith("encoder.")}
+
+
+class StartingAnew(Tiny):
+    """Writes under other names, and begins with a fresh last layer wherever it is loaded."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {f"m.{name}": each for name, each in checkpoint["state_dict"].items()}
+        checkpoint["extra"] = {"version": 1}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = {name.removeprefix("m."): each for name, each in checkpoint["state_dict"].items()}
+        checkpoint["state_dict"] = state
+        state["net.3.bias"].zero_()
+        checkpoint["extra"].pop("version")
+
+
+def test_to_look_whether_a_checkpoint_is_whole_changes_neither_it_nor_the_module(
+    tmp_path: Path, randomised: Randomised
+) -> None:
+    module = randomised(StartingAnew())
+    fitted(module, tmp_path, callbacks=[BatchNormFolding()])
+    assert module.net[3].bias.abs().min() > 0
+    saved = torch.load(tmp_path / "folded.ckpt", weights_only=True)
+    assert saved["extra"] == {"version": 1}
+    assert torch.equal(saved["state_dict"]["m.net.3.bias"], module.net[3].bias)
+
+
+class WithLock(Tiny):
+    """Cannot be copied, and writes under other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {f"m.{name}": tensor for name, tensor in super().state_dict(*args, **kwargs).items()}
+
+
+def test_of_a_module_that_cannot_be_copied_nobody_can_tell(tmp_path: Path, randomised: Randomised) -> None:
+    with pytest.warns(UserWarning, match="cannot be copied"):
+        fitted(randomised(WithLock()), tmp_path, callbacks=[BatchNormFolding()])
+    assert "folded.ckpt" in files_in(tmp_path)
 
 
 class Halved(Tiny):
@@ -160,8 +203,23 @@ class Elsewhere(TorchCheckpointIO):
 
 
 def test_a_plugin_that_writes_under_another_name_is_named(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"did not come to its end: FileNotFoundError: .*Elsewhere.* wrote no"):
-        fitted(Tiny(), tmp_path, callbacks=[BatchNormFolding(on_mismatch="warn")], plugins=[Elsewhere()])
+    folding = BatchNormFolding(on_mismatch="warn")
+    with pytest.warns(UserWarning, match=r"end: FileNotFoundError: .*Elsewhere.* wrote no.*\. Nothing was written\."):
+        trainer = fitted(Tiny(), tmp_path, callbacks=[folding], plugins=[Elsewhere()])
+    assert (folding.plan, folding.report, folding.folded_module) == (None, None, None)
+    assert not [key for key in trainer.callback_metrics if key.startswith("folding/")]
+
+
+def test_what_fails_behind_the_folded_checkpoint_leaves_that_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("lit_bnfold.callbacks.batchnorm_folding.write_html", fails)
+    with pytest.warns(UserWarning, match=r"OSError: disk full\. Its folded\.ckpt is written\."):
+        fitted(Tiny(), tmp_path, callbacks=[BatchNormFolding(on_mismatch="warn")])
+    assert files_in(tmp_path) == {"folded.ckpt"}
 
 
 # What validation hooks do ---------------------------------------------------------------------------------------------
@@ -206,13 +264,60 @@ class Swapping(Tiny):
         self.net.load_state_dict(self.backup)
 
 
+class SwappingByData(Tiny):
+    """The same with a copy of each parameter, as exponential averages outside of Lightning do it."""
+
+    takes = staticmethod(lambda own, other: own.data.copy_(other))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 5, bias=False), *self.net[1:])
+        self.shadow = [torch.zeros_like(own) for own in self.net.parameters()]
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        for mean, own in zip(self.shadow, self.net.parameters(), strict=True):
+            mean.lerp_(own.detach(), 0.5)
+
+    def on_validation_epoch_start(self) -> None:
+        self.backup = [own.detach().clone() for own in self.net.parameters()]
+        # A folded layer has a bias, for which there is no mean: they do not go together any longer.
+        for own, mean in zip(self.net.parameters(), self.shadow, strict=False):
+            self.takes(own, mean)
+
+    def on_validation_epoch_end(self) -> None:
+        for own, before in zip(self.net.parameters(), self.backup, strict=True):
+            self.takes(own, before)
+
+
+class SwappingMemory(SwappingByData):
+    takes = staticmethod(lambda own, other: setattr(own, "data", other.clone().expand_as(own)))
+
+
+class FailingWhileSwapped(Swapping):
+    """Its validation fails as soon as no callback of a fit can hear of it."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if type(self.trainer.profiler).__name__ == "PassThroughProfiler" and self.trainer.current_epoch == 1:
+            self.runs = getattr(self, "runs", 0) + 1
+            if self.runs > 4:
+                raise RuntimeError("Error of its own")
+        return super().validation_step(batch, batch_idx)
+
+
 class LookingAtItsBatchNorm(Tiny):
     def on_validation_epoch_end(self) -> None:
         self.log("norm", self.net[1].running_mean.norm())
 
 
 @pytest.mark.parametrize(
-    ("kind", "sentence"), [(Swapping, "RuntimeError: Error"), (LookingAtItsBatchNorm, "AttributeError: .*running_mean")]
+    ("kind", "sentence"),
+    [
+        (Swapping, "RuntimeError: Error"),
+        (SwappingByData, "RuntimeError: The size of tensor"),
+        (SwappingMemory, "RuntimeError: .*expand"),
+        (FailingWhileSwapped, "RuntimeError: Error of its own"),
+        (LookingAtItsBatchNorm, "AttributeError: .*running_mean"),
+    ],
 )
 def test_hooks_that_cannot_run_on_a_folded_module_leave_the_fit_as_it_was(
     kind: type[Tiny], sentence: str, tmp_path: Path, randomised: Randomised
@@ -226,6 +331,49 @@ def test_hooks_that_cannot_run_on_a_folded_module_leave_the_fit_as_it_was(
     state = module.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in alone.state_dict().items())
     assert files_in(tmp_path) == set()
+
+
+class Restoring(Tiny):
+    """Puts back after each validation what it had before, in one of several ways."""
+
+    def __init__(self, restores: Callable[[Any, dict[str, Tensor]], object]) -> None:
+        super().__init__()
+        self.restores = restores
+
+    def on_validation_start(self) -> None:
+        self.backup = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
+    def on_validation_end(self) -> None:
+        self.restores(self, self.backup)
+
+
+def by_data(module: Any, backup: dict[str, Tensor]) -> None:
+    for name, own in module.named_parameters():
+        own.data.copy_(backup[name])
+
+
+def by_memory(module: Any, backup: dict[str, Tensor]) -> None:
+    for name, own in module.named_parameters():
+        own.data = backup[name]
+
+
+def by_its_tensors(module: Any, backup: dict[str, Tensor]) -> None:
+    for name, tensor in module.state_dict().items():
+        tensor.copy_(backup[name])
+
+
+@pytest.mark.parametrize(
+    "restores", [by_data, by_memory, by_its_tensors, lambda module, backup: module.load_state_dict(backup)]
+)
+def test_a_module_that_restores_its_weights_after_each_validation_is_folded(
+    restores: Any, tmp_path: Path, randomised: Randomised
+) -> None:
+    module, folding = randomised(Restoring(restores)), BatchNormFolding()
+    fitted(module, tmp_path, callbacks=[folding])
+    inputs = torch.randn(7, 4)
+    folded = load_folded(Restoring, tmp_path / "folded.ckpt", restores=restores)
+    assert torch.equal(folded(inputs), folding.folded_module(inputs))
+    torch.testing.assert_close(folded(inputs), module.eval()(inputs), rtol=0, atol=1e-5)
 
 
 class Asking(Tiny):
@@ -285,6 +433,25 @@ def test_a_sparse_buffer_that_is_written_is_put_back(tmp_path: Path, randomised:
     module = randomised(Writing(torch.eye(4).to_sparse()))
     fitted(module, tmp_path, callbacks=[BatchNormFolding()], num_sanity_val_steps=0)
     assert module.held.to_dense().trace() == 4 * 2.0**8
+
+
+class Typed(Dataset[Any]):
+    """Has classes for functions."""
+
+    def __init__(self) -> None:
+        self.target_transform, self.examples = int, examples()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.examples[index][0], self.target_transform(self.examples[index][1])
+
+
+def test_a_dataset_that_has_a_class_for_a_function_is_validated(tmp_path: Path, randomised: Randomised) -> None:
+    folding = BatchNormFolding()
+    fitted(randomised(Tiny()), tmp_path, validation=DataLoader(Typed(), batch_size=8), callbacks=[folding])
+    assert folding.report["mismatch"] is None
 
 
 class Noisy(Dataset[Any]):

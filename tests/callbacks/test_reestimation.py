@@ -232,6 +232,31 @@ def test_in_single_precision_they_are_those_up_to_rounding(tmp_path: Path, rando
     assert measuring.has_measured
 
 
+class Augmenting(Tiny):
+    """Adds noise to each batch, from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.seen = torch.Generator().manual_seed(1), nn.Identity()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        noise = torch.randn((), generator=self.generator)
+        return self.seen(batch[0] * 0 + noise), batch[1]
+
+
+def test_each_batch_is_augmented_anew(tmp_path: Path, randomised: Randomised) -> None:
+    drawn: list[float] = []
+
+    class Listening(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+            hook = pl_module.seen.register_forward_hook(lambda *args: drawn.append(float(args[2].mean())))
+            Reestimation(pl_module, 3).measure(trainer, pl_module)
+            hook.remove()
+
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[Listening()]).fit(randomised(Augmenting()), loader())
+    assert len(set(drawn)) == len(drawn) == 3
+
+
 def moments_after_a_fit(tmp_path: Path, module: LightningModule, **trainer: Any) -> dict[str, Moments]:
     class Keeping(Callback):
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
