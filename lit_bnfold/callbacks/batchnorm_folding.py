@@ -31,7 +31,7 @@ from lit_bnfold.callbacks.tolerance import default_tolerance, dtype_tolerance
 from lit_bnfold.callbacks.validation import (
     ValidationRun,
     first_training_batch,
-    nothing_saved,
+    nothing_overwritten,
     run_validation,
     same_random_numbers,
     weights_put_back,
@@ -71,8 +71,8 @@ class BatchNormFolding(Callback):
     is set. Where there is nothing to validate on, or validation calls nothing, one call of ``forward`` has to do: on
     the module's ``example_input_array`` or on what a training batch begins with.
 
-    Both validations run the module's own hooks. Loggers are silent meanwhile, and of the folded weights neither
-    ``trainer.save_checkpoint`` nor ``torch.save`` writes files; what the hooks write in other ways is written again.
+    Both validations run the module's own hooks. Loggers are silent meanwhile, and while the module is folded neither
+    ``trainer.save_checkpoint`` nor ``torch.save`` writes over a file; what hooks write in other ways is written again.
 
     The report also says what folding saves. For that, copies of both versions are run for a moment: a twentieth of the
     time that a validation takes, a little more after a short one, and never more than 2 seconds. A TensorBoardLogger
@@ -406,7 +406,7 @@ class BatchNormFolding(Callback):
         self._stages.begin(f"validating with {len(plan.folds)} of {len(plan.folds) + len(plan.kept)} folded")
         unfolded, start = runnable_copy(pl_module, trainer), time.perf_counter()
         with folded_in_place(plan, pl_module):
-            with folded, first_call(pl_module) as calls, nothing_saved(trainer):
+            with folded, first_call(pl_module) as calls, nothing_overwritten(trainer):
                 after = validate([] if original.is_of_an_example else [folded])
                 seconds = time.perf_counter() - start
                 if original.is_of_an_example:

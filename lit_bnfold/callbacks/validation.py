@@ -517,23 +517,26 @@ def same_random_numbers(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def nothing_saved(trainer: Trainer) -> Iterator[None]:
-    """Let neither the Trainer nor ``torch.save`` write files, for a hook of the module that keeps what validates best.
-
-    The files of a validation of the unfolded module stay, for whoever reads them.
+def nothing_overwritten(trainer: Trainer) -> Iterator[None]:
+    """Let neither the Trainer nor ``torch.save`` write over a file: a hook of the module may keep what validates best.
 
     Args:
         trainer: The Trainer.
     """
-    save, thread = torch.save, threading.get_ident()
+    save, save_checkpoint, thread = torch.save, trainer.save_checkpoint, threading.get_ident()
 
-    def save_elsewhere(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-        if threading.get_ident() != thread or not isinstance(file, (str, os.PathLike)):
+    def save_anew(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        is_there = isinstance(file, (str, os.PathLike)) and Path(file).exists()
+        if threading.get_ident() != thread or not is_there:
             save(content, file, *args, **kwargs)
 
+    def save_checkpoint_anew(filepath: str | Path, *args: Any, **kwargs: Any) -> None:
+        if not Path(filepath).exists():
+            save_checkpoint(filepath, *args, **kwargs)
+
     with _put_back([vars(trainer)]):
-        vars(trainer)["save_checkpoint"] = _nothing
-        torch.save = save_elsewhere  # type: ignore[assignment]
+        vars(trainer)["save_checkpoint"] = save_checkpoint_anew
+        torch.save = save_anew  # type: ignore[assignment]
         try:
             yield
         finally:
