@@ -445,7 +445,8 @@ class Recorder:
         facts = self.graph.batchnorms[name]
         if facts.obstacle is None:
             with self.looking_away:
-                eps = _eps_of(kind, module, (*args, *kwargs.values()))
+                # An `nn.Identity`, which will be left of it, takes no other keyword.
+                eps = _eps_of(kind, module, (*args, *kwargs.values())) if kwargs.keys() <= {"input"} else None
             if eps is None or not isinstance(output, Tensor):
                 facts = _add_obstacle(facts, "own-forward", "in float64 it gives something else than a BatchNorm does")
             else:
@@ -706,7 +707,8 @@ def _plain_values(value: Any, depth: int = 2) -> Any:
         return {key: _plain_values(each, depth - 1) for key, each in value.items()}
     if isinstance(value, (list, tuple, set, deque)):
         return [_plain_values(each, depth - 1) for each in value]
-    return {key: _plain_values(each, depth - 1) for key, each in getattr(value, "__dict__", {}).items()}
+    attributes = getattr(value, "__dict__", {}).items()
+    return {key: _plain_values(each, depth - 1) for key, each in attributes if not str(key).startswith("_")}
 
 
 def _add_obstacle(facts: _Facts, code: str, sentence: str) -> _Facts:

@@ -38,7 +38,7 @@ from lit_bnfold.folding.turn import TURN
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def apply_plan(plan: FoldingPlan, model: _Model, *, inplace: bool, kinds: Kinds) -> _Model:
+def apply_plan(plan: FoldingPlan, model: _Model, *, inplace: bool = False, kinds: Kinds = KINDS) -> _Model:
     """Fold a model by a plan.
 
     Args:

@@ -168,6 +168,8 @@ class _Search:
     """
 
     direction: str
+    # Whether a sum may be written into its first term; but not into what is left of a BatchNorm, which is its input.
+    follows_sums = False
 
     def __init__(self, graph: ValueGraph, name: str, folded: dict[str, Fold], others: frozenset[str]) -> None:
         self.graph = graph
@@ -246,9 +248,9 @@ class _Search:
                 self._check_readers(value, readers)
 
     def _check_memory(self, value: Value, named: str) -> None:
-        if value.storage in self.graph.writers and not self.graph.is_summed_up(value.storage):
-            writer = self.graph.where(self.graph.writers[value.storage][0])
-            raise _StaysError("written", f"{named} is written in place by {writer}")
+        writers = self.graph.writers.get(value.storage)
+        if writers and not (self.follows_sums and self.graph.is_summed_up(value.storage)):
+            raise _StaysError("written", f"{named} is written in place by {self.graph.where(writers[0])}")
         if value.storage in self.graph.aliased:
             raise _StaysError("aliased", f"{named} {self.graph.aliased[value.storage]}")
 
@@ -447,6 +449,7 @@ class _Backward(_Search):
     """Into the layers before the BatchNorm: up from its inputs to outputs of layers, then down over what was met."""
 
     direction = "backward"
+    follows_sums = True
 
     def _walk(self) -> None:
         self._walk_up()

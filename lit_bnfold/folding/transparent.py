@@ -758,6 +758,8 @@ def _on_joined_axis(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[int,
             if _is_between(labels, moved, before, after) or (are_joined and _joins_channels(moved, after, before)):
                 return call
             are_joined |= _joins_channels(labels, before, after)
+        elif call.name == "repeat_interleave":
+            are_joined |= maps[call.inputs[0]].labels.shape[call.args[2]] > 1
         elif RULES[call.name] is _JOIN and _is_around(maps[call.outputs[0]].labels, _axis_joined(graph, call)):
             return call
     return None

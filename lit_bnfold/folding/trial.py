@@ -254,7 +254,7 @@ def _leaves_float16(fold: Fold, modules: Mapping[str, Any], kinds: Kinds) -> boo
     largest = max(float(own.detach().abs().max()) for own in parameters)
     # A channel that hardly counts behind the BatchNorm may vanish.
     counts = numbers.mean.new_ones(()) if numbers.weight is None else numbers.weight.abs() > _HARDLY
-    if bool((largest * scales < _FEW_DIGITS)[counts.expand(len(scales)).bool()].any()):
+    if largest > 0.0 and bool((largest * scales < _FEW_DIGITS)[counts.expand(len(scales)).bool()].any()):
         return True
     largest += max(abs(part.residual) for part in fold.parts)
     if fold.direction == "forward":  # The shift is summed up over the inputs of each output.

@@ -700,6 +700,31 @@ def test_sums_that_are_written_in_place_are_followed(forward: Any, judge: Judge,
     judge(net(forward, **layers_of_a_sum()), X, folds={"bn": ["a", "b", "c"]})
 
 
+def one_after_the_other(m: Any, *inputs: Tensor) -> Tensor:
+    y = m.bn(inputs[0])
+    for other in inputs[1:]:
+        y += m.bn(other)
+    return m.head(y)
+
+
+def of_two_lengths(m: Any, *inputs: Tensor) -> Tensor:
+    first, second = (m.bn(x).transpose(1, 2).reshape(-1, 3) for x in inputs)
+    first += second
+    return m.head(first)
+
+
+@pytest.mark.parametrize(
+    ("forward", "shapes"), [(one_after_the_other, [(4, 3)]), (of_two_lengths, [(4, 3, 5), (4, 3, 1)])]
+)
+def test_a_sum_into_what_the_batchnorm_gave_is_not_one_into_its_input(
+    forward: Any, shapes: Any, judge: Judge, net: Any
+) -> None:
+    model = net(forward, bn=nn.BatchNorm1d(3), head=nn.Linear(3, 2))
+    inputs = [tuple(torch.randn(shape, dtype=torch.float64) for _ in range(2)) for shape in shapes]
+    # Twice with the same inputs: whoever writes into them gives something else the second time.
+    judge(model, *inputs[0], kept={"bn": "no-layer"}, others=inputs * 2)
+
+
 def term_is_seen(m: Any, x: Tensor) -> list[Tensor]:
     y = m.a(x)
     seen = y.exp()
@@ -781,6 +806,16 @@ def test_layer_takes_a_batchnorm_whose_channels_come_several_times(
     images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     model = net(lambda m, x: m.head(spread(m.bn(x.tanh()))), head=head, bn=nn.BatchNorm2d(3))
     judge(model, images, folds={"bn": ["head"]}, others=OTHER_IMAGES)
+
+
+def test_channels_repeated_as_often_as_an_axis_is_long_keep_the_batchnorm(judge: Judge, net: Any) -> None:
+    model = net(
+        lambda m, x: m.conv(m.bn(x).repeat_interleave(x.shape[2], 1)[:, :6]),
+        bn=nn.BatchNorm1d(6),
+        conv=nn.Conv1d(6, 2, 1),
+    )
+    others = [(torch.randn(4, 6, length, dtype=torch.float64),) for length in (2, 3, 5)]
+    judge(model, torch.randn(4, 6, 3, dtype=torch.float64), kept={"bn": "no-layer"}, others=others)
 
 
 def test_windows_with_padding_keep_the_batchnorm(judge: Judge, net: Any) -> None:

@@ -231,6 +231,13 @@ def test_weights_that_float16_could_hardly_tell_apart_stay() -> None:
     assert plan_folding(model, (X.half(),)).folds
 
 
+def test_a_layer_of_zeros_in_float16_is_folded() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).half().eval()
+    for parameter in model[0].parameters():
+        nn.init.zeros_(parameter)
+    assert plan_folding(model, (X.half(),)).folds
+
+
 def test_subnormal_weights_of_float16_are_kept_as_they_are() -> None:
     model = nn.Sequential(nn.Linear(64, 8, bias=False), nn.BatchNorm1d(8)).eval()
     nn.init.constant_(model[1].running_var, 1e6)
