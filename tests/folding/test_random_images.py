@@ -21,8 +21,8 @@ Step = tuple[str, int, int, int]
 KINDS = (
     "conv", "conv", "norm", "norm", "norm", "norm", "same_norm", "same_conv", "transposed", "relu", "relu_",
     "silu_norm", "computed_conv",
-    "add", "add_", "cat", "half", "pool", "upsample", "reflect", "mean", "permute", "linear", "identity_branch",
-    "residual", "keep", "move", "move",
+    "add", "add_", "sum_", "sum_", "cat", "half", "pool", "upsample", "reflect", "mean", "permute", "linear",
+    "identity_branch", "residual", "keep", "move", "move",
 )  # fmt: skip
 
 
@@ -124,6 +124,9 @@ class Program(nn.Module):
                 x = x + y if detail % 2 else x - 2 * y
             elif kind == "add_":
                 x = x.clone().add_(y)
+            elif kind == "sum_":
+                x = x + 0.0 if x is image else x
+                x += y
             elif kind == "cat":
                 x = torch.cat([x[:, : CHANNELS // 2], y[:, CHANNELS // 2 :]], 1)
             elif kind == "half":
