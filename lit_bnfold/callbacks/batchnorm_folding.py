@@ -222,7 +222,7 @@ class BatchNormFolding(Callback):
             return run_validation(trainer, pl_module, callbacks, self._epoch)
 
         with (
-            self._failures_as_agreed(trainer),
+            self._failures_as_agreed(trainer, is_folded=False),
             self._stages.shown(trainer),
             self._chosen_weights(trainer, pl_module) as weights,
             self._as_in_the_first_process(trainer, pl_module),
@@ -231,12 +231,12 @@ class BatchNormFolding(Callback):
         ):
             best = None if weights == "last" else best_score(trainer)
             self._fold(trainer, pl_module, validate, directory, weights, reestimated, best)
-        with self._failures_as_agreed(trainer):
+        with self._failures_as_agreed(trainer, is_folded=True):
             self._log(trainer)
             self._tell_failed_exports()
 
     @contextmanager
-    def _failures_as_agreed(self, trainer: Trainer) -> Iterator[None]:
+    def _failures_as_agreed(self, trainer: Trainer, *, is_folded: bool) -> Iterator[None]:
         """Raise or warn, as for a mismatch, where something fails, such as a hook that cannot validate once more."""
         try:
             yield
@@ -245,7 +245,8 @@ class BatchNormFolding(Callback):
             if self.on_mismatch == "raise" or trainer.world_size > 1:
                 raise
             self._stages.clear()
-            self.plan = self.report = self.folded_module = None
+            if not is_folded:
+                self.plan = self.report = self.folded_module = None
             written = "Its folded.ckpt is written" if self._has_written else "Nothing was written"
             rank_zero_warn(f"BatchNormFolding did not come to its end: {reason_of(error)}. {written}.")
 

@@ -531,7 +531,8 @@ def nothing_overwritten(trainer: Trainer) -> Iterator[None]:
             save(content, file, *args, **kwargs)
 
     def save_checkpoint_anew(filepath: str | Path, *args: Any, **kwargs: Any) -> None:
-        if not Path(filepath).exists():
+        # All processes meet in there, or none.
+        if not trainer.strategy.broadcast(Path(filepath).exists()):
             save_checkpoint(filepath, *args, **kwargs)
 
     with _put_back([vars(trainer)]):
