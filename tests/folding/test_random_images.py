@@ -125,7 +125,9 @@ class Program(nn.Module):
             elif kind == "add_":
                 x = x.clone().add_(y)
             elif kind == "sum_":
-                x = x + 0.0 if x is image else x
+                # Into what a layer has just made, or into memory of its own.
+                is_made = x is images[-1] and number > 0 and self.steps[number - 1][0] in ("conv", "transposed")
+                x = x if is_made else x.clone()
                 x += y
             elif kind == "cat":
                 x = torch.cat([x[:, : CHANNELS // 2], y[:, CHANNELS // 2 :]], 1)
