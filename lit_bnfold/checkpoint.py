@@ -24,7 +24,7 @@ from lit_bnfold.copying import eval_copy
 from lit_bnfold.folding import FoldingError, FoldingPlan
 from lit_bnfold.folding.kinds import Rest
 from lit_bnfold.folding.rewrite import Zero, fold_structure
-from lit_bnfold.reading import cannot_be_loaded, check_is_undamaged, naming_the_checkpoint, read_checkpoint
+from lit_bnfold.reading import cannot_be_loaded, check_is_undamaged, naming_the_checkpoint, one_line, read_checkpoint
 from lit_bnfold.writing import whole_file
 
 MANIFEST = "batchnorm_folding"
@@ -209,21 +209,23 @@ def save_folded(
         UnfaithfulError: If what the module writes leads to another one when it is loaded; then nothing is written.
         OSError: If the file cannot be written.
     """
-    lost: list[str] = []
+    objection: str | None = None
 
     def add(checkpoint: dict[str, Any]) -> None:
+        nonlocal objection
         _add_manifest(plan, checkpoint)
         checkpoint.update(progress or {})
         if trainer.is_global_zero:  # Others may give nothing, as nothing of them is written.
-            lost.extend(_losses(pl_module, plan, checkpoint))
+            objection = _objection_to(checkpoint, pl_module, plan)
 
     undo = _add_to_hook(pl_module, "on_save_checkpoint", add)
     try:
         with whole_file(path, trainer, outdated) as part:
             trainer.save_checkpoint(part, weights_only=True)
             # All processes raise, or none: they meet where the file is written.
-            for sentence in trainer.strategy.broadcast(lost):
-                raise UnfaithfulError(sentence)
+            objection = trainer.strategy.broadcast(objection)
+            if objection is not None:
+                raise UnfaithfulError(objection)
     finally:
         undo()
 
@@ -388,29 +390,31 @@ class UnfaithfulError(FoldingError):
     """A module writes checkpoints from which another one is loaded."""
 
 
-def _losses(pl_module: LightningModule, plan: FoldingPlan, checkpoint: Mapping[str, Any]) -> Iterator[str]:
-    """What is in the way of loading each folded layer from a checkpoint as it is, as the beginning of a sentence."""
+def _objection_to(checkpoint: Mapping[str, Any], pl_module: LightningModule, plan: FoldingPlan) -> str | None:
+    """What is in the way of loading each folded layer from a checkpoint as it is, in a sentence; None if nothing is."""
     if _first_loss(pl_module, plan, checkpoint["state_dict"]) is None:
-        return
+        return None
     # Perhaps the module writes under other names, and knows them when it loads.
-    with suppress(FoldingError):  # Of one that cannot be copied nobody can tell.
+    try:
         copied = eval_copy(pl_module, (), _trainer_of(pl_module))
-        for _, tensor in _folded_tensors(copied, plan):
-            tensor.fill_(torch.nan)
-        try:
-            loaded = copy.deepcopy(dict(checkpoint))
-            loaded["state_dict"].pop(SIGNPOST)
-            copied.on_load_checkpoint(loaded)
-            copied.load_state_dict(loaded["state_dict"], strict=copied.strict_loading)
-        except Exception as error:
-            yield f"its folded.ckpt could not be loaded again: {' '.join(str(error).split())}"
-            return
-        lost = _first_loss(pl_module, plan, dict(_folded_tensors(copied, plan)))
-        if lost is not None:
-            yield (
-                f"its folded.ckpt would not hold `{lost}` as it is folded, for the module's `state_dict` or "
-                "`on_save_checkpoint` leaves it out or changes it"
-            )
+    except FoldingError:
+        return None  # Nobody can tell.
+    for _, tensor in _folded_tensors(copied, plan):
+        tensor.fill_(torch.nan)
+    try:
+        loaded = copy.deepcopy(dict(checkpoint))
+        loaded["state_dict"].pop(SIGNPOST)
+        copied.on_load_checkpoint(loaded)
+        copied.load_state_dict(loaded["state_dict"], strict=copied.strict_loading)
+    except Exception as error:
+        return f"its folded.ckpt could not be loaded again: {one_line(error)}"
+    lost = _first_loss(pl_module, plan, dict(_folded_tensors(copied, plan)))
+    if lost is None:
+        return None
+    return (
+        f"its folded.ckpt would not hold `{lost}` as it is folded, for the module's `state_dict` or "
+        "`on_save_checkpoint` leaves it out or changes it"
+    )
 
 
 def _first_loss(pl_module: nn.Module, plan: FoldingPlan, state: Mapping[str, Any]) -> str | None:

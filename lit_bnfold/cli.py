@@ -38,8 +38,8 @@ from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 from lit_bnfold.names.sampling import Sampling
-from lit_bnfold.parser import OneSentenceParser, arrange_help, first_line, one_line, read_config, use_threads
-from lit_bnfold.reading import is_misfit, read_checkpoint
+from lit_bnfold.parser import OneSentenceParser, arrange_help, first_line, read_config, use_threads
+from lit_bnfold.reading import is_misfit, one_line, read_checkpoint
 from lit_bnfold.writing import WholeCheckpointIO, whole_file
 
 # Drawing the bar costs as much as a training step of the small network.

@@ -32,13 +32,12 @@ from lit_bnfold.parser import (
     ShortHelpFormatter,
     arrange_help,
     first_line,
-    one_line,
     options_of,
     read_config,
     sentence,
     use_threads,
 )
-from lit_bnfold.reading import is_misfit
+from lit_bnfold.reading import is_misfit, one_line
 
 SUMMARY = "Fold the BatchNorms of a checkpoint, with the same proof and the same files as at the end of ``fit``."
 

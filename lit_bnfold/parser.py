@@ -18,6 +18,8 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lit_bnfold.reading import one_line
+
 # What no configuration has, and what takes forever to write out: a few lines of aliases stand for any number of values.
 _MOST_VALUES, _MOST_LEVELS = 100_000, 50
 
@@ -221,15 +223,6 @@ def sentence(message: str, options: Iterable[str]) -> str:
     if wrong is not None:
         return f"{key}: expected {_in_words(wrong[1])}, got {wrong[2]}."
     return " ".join(message.split()).rstrip(".") + "."
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line and without its full stop, for the middle of a sentence.
-
-    Args:
-        error: The error.
-    """
-    return " ".join(str(error).split()).rstrip(".")
 
 
 def first_line(error: BaseException) -> str:

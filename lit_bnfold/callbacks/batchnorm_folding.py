@@ -152,8 +152,6 @@ class BatchNormFolding(Callback):
         self.report: Report | None = None
         self.folded_module: LightningModule | None = None
         self._progress: dict[str, Any] = {}
-        # The one that the weights which are folded were trained in.
-        self._epoch: int | None = None
         self._stages = Stages()
         # The best checkpoint that there was when training began.
         self._found_best = Best("", None)
@@ -188,8 +186,7 @@ class BatchNormFolding(Callback):
                 "and fold a checkpoint afterwards with `lit-bnfold fold --ckpt_path CHECKPOINT --model "
                 f"some.module.Class`, which takes {SHARDED_STRATEGIES[strategy]}."
             )
-        if self.dirpath is None:
-            _local(trainer.log_dir or trainer.default_root_dir)
+        self._directory(trainer)
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = [*others, self]  # type: ignore[attr-defined]
 
@@ -214,17 +211,15 @@ class BatchNormFolding(Callback):
                 ``on_mismatch`` is ``raise``.
         """
         self._has_tried = True
-        directory = _local(self.dirpath or trainer.log_dir or trainer.default_root_dir)
-        # The current one is the next by now.
-        self._epoch = max(0, trainer.current_epoch - 1)
+        directory = self._directory(trainer)
 
         def validate(callbacks: Sequence[Callback]) -> ValidationRun | None:
-            return run_validation(trainer, pl_module, callbacks, self._epoch)
+            return run_validation(trainer, pl_module, callbacks, epoch)
 
         with (
             self._failures_as_agreed(trainer, is_folded=False),
             self._stages.shown(trainer),
-            self._chosen_weights(trainer, pl_module) as weights,
+            self._chosen_weights(trainer, pl_module) as (weights, epoch),
             self._as_in_the_first_process(trainer, pl_module),
             self._reestimated(trainer, pl_module, validate) as reestimated,
             ordinary_batchnorms(pl_module),
@@ -343,6 +338,9 @@ class BatchNormFolding(Callback):
         finally:
             self._progress = {}
         self._tell_failed_exports()
+
+    def _directory(self, trainer: Trainer) -> Path:
+        return _local(self.dirpath or trainer.log_dir or trainer.default_root_dir)
 
     def _check_dirpath(self) -> None:
         if self.dirpath is not None and _local(self.dirpath).is_file():
@@ -590,18 +588,19 @@ class BatchNormFolding(Callback):
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in numbers.items()})
 
     @contextmanager
-    def _chosen_weights(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[str]:
-        """Put the weights to be folded into the module for a while, and say in words which they are."""
+    def _chosen_weights(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, int | None]]:
+        """Put the weights to be folded into the module for a while; which they are, in words, and of which epoch."""
         best = best_of(trainer)
         if self.weights == "last" or not best.path:
             if self.weights == "best":
                 rank_zero_warn("BatchNormFolding found no best checkpoint; it folds the last weights.")
-            yield "last"
+            # The current epoch is the next by now.
+            yield "last", max(0, trainer.current_epoch - 1)
             return
         with best_weights(
             trainer, pl_module, best, self._found_best, unless=lambda: self.folded_module is pl_module
-        ) as self._epoch:
-            yield f"best: {best.path}"
+        ) as epoch:
+            yield f"best: {best.path}", epoch
 
     @contextmanager
     def _as_in_the_first_process(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:

@@ -535,13 +535,16 @@ def nothing_overwritten(trainer: Trainer) -> Iterator[None]:
         if not trainer.strategy.broadcast(Path(filepath).exists()):
             save_checkpoint(filepath, *args, **kwargs)
 
-    with _put_back([vars(trainer)]):
-        vars(trainer)["save_checkpoint"] = save_checkpoint_anew
+    attributes = vars(trainer)
+    own = {"save_checkpoint": save_checkpoint} if "save_checkpoint" in attributes else {}
+    try:
+        attributes["save_checkpoint"] = save_checkpoint_anew
         torch.save = save_anew  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            torch.save = save
+        yield
+    finally:
+        torch.save = save
+        del attributes["save_checkpoint"]
+        attributes.update(own)
 
 
 # What is kept silent -------------------------------------------------------------------------------------------------

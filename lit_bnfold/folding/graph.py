@@ -266,8 +266,12 @@ class ValueGraph:
         aliases = self._storages[value.storage]
         return any(call.name in _STRIDE_READERS for alias in aliases for call in self.users(alias))
 
-    def is_summed_up(self, storage: int) -> bool:
-        """Whether memory is written by nothing but sums, each of which is all that is made of what was there before."""
+    @cached_property
+    def summed_up(self) -> set[int]:
+        """Storages written by nothing but sums, each of which is all that is made of what was there before."""
+        return {storage for storage in self.writers if self._is_summed_up(storage)}
+
+    def _is_summed_up(self, storage: int) -> bool:
         values, writers = self._storages[storage], self.writers[storage]
         return len(values) == len(writers) + 1 and all(
             call.name in IN_PLACE_SUMS

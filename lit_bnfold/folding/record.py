@@ -287,7 +287,7 @@ class Recorder:
             self.graph.forked.setdefault(module, cause)
 
     def _remember_attributes(self) -> None:
-        if not self._attributes:
+        if self._plans and not self._attributes:
             self._attributes = {id(module): _attributes_of(module) for module in self._census.names}
 
     def _is_changed(self, module: nn.Module) -> bool:
@@ -441,12 +441,12 @@ class Recorder:
         self, module: nn.Module, kind: BatchNormKind, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         """Enter what a BatchNorm did by itself as one call, if it is what torch's own does; its output."""
-        name = self._census.names[module]
+        name, inputs = self._census.names[module], (*args, *kwargs.values())
         facts = self.graph.batchnorms[name]
         if facts.obstacle is None:
             with self.looking_away:
                 # An `nn.Identity`, which will be left of it, takes no other keyword.
-                eps = _eps_of(kind, module, (*args, *kwargs.values())) if kwargs.keys() <= {"input"} else None
+                eps = _eps_of(kind, module, inputs) if kwargs.keys() <= {"input"} else None
             if eps is None or not isinstance(output, Tensor):
                 facts = _add_obstacle(facts, "own-forward", "in float64 it gives something else than a BatchNorm does")
             else:
@@ -454,11 +454,9 @@ class Recorder:
             self.graph.batchnorms[name] = facts
         if self._evens and self.graph.batchnorms[name].obstacle is None:
             with self.looking_away:
-                usual = _normalised(
-                    kind, next(iter((*args, *kwargs.values()))), kind.numbers(module, self.graph.batchnorms[name].eps)
-                )
+                usual = _normalised(kind, inputs[0], kind.numbers(module, self.graph.batchnorms[name].eps))
                 output = torch.empty_like(output).copy_(usual)
-        given = (*args, *kwargs.values(), *own_tensors(module).values())
+        given = (*inputs, *own_tensors(module).values())
         self._add_call("batchnorm", "batch_norm", given, output=output, owner=name)
         return output
 

@@ -249,7 +249,7 @@ class _Search:
 
     def _check_memory(self, value: Value, named: str) -> None:
         writers = self.graph.writers.get(value.storage)
-        if writers and not (self.follows_sums and self.graph.is_summed_up(value.storage)):
+        if writers and not (self.follows_sums and value.storage in self.graph.summed_up):
             raise _StaysError("written", f"{named} is written in place by {self.graph.where(writers[0])}")
         if value.storage in self.graph.aliased:
             raise _StaysError("aliased", f"{named} {self.graph.aliased[value.storage]}")

@@ -532,24 +532,18 @@ def _once(labels: Tensor, axis: int, times: int) -> Tensor:
     return labels.select(axis, 0)
 
 
-def _shuffle_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    factor = call.argument(1, "upscale_factor")
-    return _repeated(_unless_mixed(labels, [-2, -1], "spreads"), -3, factor * factor)
+def _pixels_of_channel(call: Call) -> int:
+    """How many pixels beside each other come of as many channels, or the other way round."""
+    factor: int = call.argument(1, "downscale_factor" if "unshuffle" in call.name else "upscale_factor")
+    return factor * factor
 
 
-def _shuffle_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    factor = call.argument(1, "upscale_factor")
-    return _once(_unless_mixed(labels, [-2, -1], "spreads"), -3, factor * factor)
+def _channel_of_each_pixel(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    return _repeated(_unless_mixed(labels, [-2, -1], "spreads"), -3, _pixels_of_channel(call))
 
 
-def _unshuffle_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    factor = call.argument(1, "downscale_factor")
-    return _once(_unless_mixed(labels, [-2, -1], "spreads"), -3, factor * factor)
-
-
-def _unshuffle_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    factor = call.argument(1, "downscale_factor")
-    return _repeated(_unless_mixed(labels, [-2, -1], "spreads"), -3, factor * factor)
+def _channel_of_all_pixels(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
+    return _once(_unless_mixed(labels, [-2, -1], "spreads"), -3, _pixels_of_channel(call))
 
 
 def _pixels_of_window(call: Call) -> int:
@@ -682,8 +676,8 @@ RULES: dict[str, Rule] = {
     "aten.flip.default": _moving(_flipped, _flipped),
     "aten.roll.default": _moving(partial(_rolled, sign=-1), partial(_rolled, sign=1)),
     "aten.rot90.default": _moving(partial(_rotated, sign=-1), partial(_rotated, sign=1)),
-    "aten.pixel_shuffle.default": _moving(_shuffle_up, _shuffle_down),
-    "aten.pixel_unshuffle.default": _moving(_unshuffle_up, _unshuffle_down),
+    "aten.pixel_shuffle.default": _moving(_channel_of_each_pixel, _channel_of_all_pixels),
+    "aten.pixel_unshuffle.default": _moving(_channel_of_all_pixels, _channel_of_each_pixel),
     "aten.channel_shuffle.default": _moving(partial(_groups_swapped, up=True), partial(_groups_swapped, up=False)),
     "aten.im2col.default": _moving(_columns_up, _columns_down),
     "aten.unfold.default": _WINDOWS,
