@@ -275,9 +275,10 @@ def _times(weight: Tensor, factors: Tensor) -> Tensor:
     """A weight (A, ...) times float64 factors (A, ...), some rows at a time, so that the wide numbers stay in cache."""
     product = _empty_like(weight)
     rows = max(1, _BLOCK * len(weight) // max(1, weight.numel()))
+    wide = torch.empty_like(weight[:rows], dtype=torch.float64, requires_grad=False)
     for start in range(0, len(weight), rows):
         block = slice(start, start + rows)
-        exact = weight[block].to(torch.float64, copy=True).mul_(factors[block])
+        exact = wide[: len(weight) - start].copy_(weight[block]).mul_(factors[block])
         _flush(product[block].copy_(exact))
     return product
 
