@@ -22,9 +22,10 @@ from torch import nn
 
 from lit_bnfold.copying import eval_copy
 from lit_bnfold.folding import FoldingError, FoldingPlan
+from lit_bnfold.folding.graph import named
 from lit_bnfold.folding.kinds import Rest
 from lit_bnfold.folding.rewrite import Zero, fold_structure
-from lit_bnfold.reading import cannot_be_loaded, check_is_undamaged, naming_the_checkpoint, one_line, read_checkpoint
+from lit_bnfold.reading import cannot_be_loaded, check_is_undamaged, naming_the_checkpoint, read_checkpoint
 from lit_bnfold.writing import whole_file
 
 MANIFEST = "batchnorm_folding"
@@ -407,7 +408,7 @@ def _objection_to(checkpoint: Mapping[str, Any], pl_module: LightningModule, pla
         copied.on_load_checkpoint(loaded)
         copied.load_state_dict(loaded["state_dict"], strict=copied.strict_loading)
     except Exception as error:
-        return f"its folded.ckpt could not be loaded again: {one_line(error)}"
+        return f"its folded.ckpt could not be loaded again: {named(error)}"
     lost = _first_loss(pl_module, plan, dict(_folded_tensors(copied, plan)))
     if lost is None:
         return None

@@ -34,12 +34,13 @@ from lit_bnfold.callbacks.speed import SpeedMonitor
 from lit_bnfold.checkpoint import MANIFEST
 from lit_bnfold.fold_command import SUMMARY, find_last_checkpoint, fold
 from lit_bnfold.folding import FoldingError
+from lit_bnfold.folding.graph import one_line
 from lit_bnfold.names.callbacks import CharacterEmbedding, SampledNames
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 from lit_bnfold.names.sampling import Sampling
 from lit_bnfold.parser import OneSentenceParser, arrange_help, first_line, read_config, use_threads
-from lit_bnfold.reading import is_misfit, one_line, read_checkpoint
+from lit_bnfold.reading import is_misfit, read_checkpoint
 from lit_bnfold.writing import WholeCheckpointIO, whole_file
 
 # Drawing the bar costs as much as a training step of the small network.
@@ -47,6 +48,7 @@ _BAR_REFRESH_STEPS = 200
 
 # As many steps are written as TensorBoard draws of a curve; all monitors together cost some 3 percent of the training.
 _TRAINER_DEFAULTS = {
+    "accelerator": "cpu",  # A GPU is no faster with a network this small, and one of Apple's cannot compute the fold.
     "max_steps": 200_000,
     "val_check_interval": 5_000,
     "check_val_every_n_epoch": None,

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
@@ -26,6 +27,7 @@ from lightning.pytorch.utilities.parsing import AttributeDict
 
 from lit_bnfold.callbacks import BatchNormFolding
 from lit_bnfold.checkpoint import read_unfolded
+from lit_bnfold.folding.graph import one_line
 from lit_bnfold.names.data import NamesDataModule
 from lit_bnfold.names.model import BatchNormMLP
 from lit_bnfold.parser import (
@@ -37,7 +39,7 @@ from lit_bnfold.parser import (
     sentence,
     use_threads,
 )
-from lit_bnfold.reading import is_misfit, one_line
+from lit_bnfold.reading import is_misfit
 
 SUMMARY = "Fold the BatchNorms of a checkpoint, with the same proof and the same files as at the end of ``fit``."
 
@@ -369,6 +371,8 @@ def _fold(early: argparse.Namespace, parts: Sequence[_Part], given: Namespace, m
             f"{parts[0].path} has no val_dataloader: name what it was validated on, --data some.module.Class."
         )
     arguments = {"devices": 1, "enable_model_summary": False} | _as_dict(made, "trainer")
+    if torch.backends.mps.is_available():  # Nothing is folded there.
+        arguments.setdefault("accelerator", "cpu")
     trainer = base.Trainer(logger=False, enable_checkpointing=False, default_root_dir=early.root, **arguments)
     try:
         folding.fold_checkpoint(trainer, model, early.ckpt_path, data[0] if data else None, early.weights_only)

@@ -18,7 +18,7 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_bnfold.reading import one_line
+from lit_bnfold.folding.graph import one_line
 
 # What no configuration has, and what takes forever to write out: a few lines of aliases stand for any number of values.
 _MOST_VALUES, _MOST_LEVELS = 100_000, 50

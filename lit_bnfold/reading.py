@@ -186,15 +186,6 @@ def is_misfit(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in str(error)
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line and without its full stop, for the middle of a sentence.
-
-    Args:
-        error: The error.
-    """
-    return " ".join(str(error).split()).rstrip(".")
-
-
 def cannot_be_loaded(path: object, error: BaseException) -> str:
     """A sentence about a checkpoint that Lightning cannot load.
 

@@ -32,8 +32,8 @@ from lit_bnfold.callbacks.validation import (
     ValidationRun,
     first_training_batch,
     nothing_overwritten,
+    run_trainers_validation,
     run_validation,
-    same_random_numbers,
     weights_put_back,
 )
 from lit_bnfold.checkpoint import (
@@ -47,6 +47,7 @@ from lit_bnfold.checkpoint import (
 )
 from lit_bnfold.copying import eval_copy
 from lit_bnfold.folding import FoldingError, FoldingPlan
+from lit_bnfold.folding.graph import named
 from lit_bnfold.folding.kinds import KINDS
 from lit_bnfold.folding.rewrite import folded_in_place
 from lit_bnfold.folding.tensors import address_of
@@ -197,6 +198,11 @@ class BatchNormFolding(Callback):
         self._found_best = best_of(trainer)
         if not _has_batchnorms(pl_module):
             rank_zero_warn(f"BatchNormFolding has nothing to fold: {type(pl_module).__name__} has no BatchNorm.")
+        elif trainer.strategy.root_device.type == "mps":
+            rank_zero_warn(
+                "BatchNormFolding will fold nothing on an Apple GPU, which has no float64: fold a checkpoint later, "
+                "with `lit-bnfold fold`."
+            )
         elif not trainer.enable_validation and pl_module.example_input_array is None:
             rank_zero_info(
                 "BatchNormFolding will find nothing to validate on, and will try `forward` on what a training batch "
@@ -231,13 +237,15 @@ class BatchNormFolding(Callback):
             self._tell_failed_exports()
 
     @contextmanager
-    def _failures_as_agreed(self, trainer: Trainer, *, is_folded: bool) -> Iterator[None]:
+    def _failures_as_agreed(
+        self, trainer: Trainer, *, is_folded: bool, unless: Callable[[], bool] = lambda: False
+    ) -> Iterator[None]:
         """Raise or warn, as for a mismatch, where something fails, such as a hook that cannot validate once more."""
         try:
             yield
         except Exception as error:
             # Of several processes this may be the only one that fails, and the others wait for it.
-            if self.on_mismatch == "raise" or trainer.world_size > 1:
+            if self.on_mismatch == "raise" or trainer.world_size > 1 or unless():
                 raise
             self._stages.clear()
             if not is_folded:
@@ -305,32 +313,26 @@ class BatchNormFolding(Callback):
         self._check_dirpath()
         self.plan = self.report = self.folded_module = None
         directory = _local(self.dirpath or Path(ckpt_path).parent)
-        others: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         is_loaded = False
 
         def validate(callbacks: Sequence[Callback]) -> ValidationRun:
             nonlocal is_loaded
             if trainer.progress_bar_callback is not None:
                 self._stages.clear()  # Its bar says what is done.
-            trainer.callbacks = [*others, *callbacks, Restoring()]  # type: ignore[attr-defined]
-            kwargs: dict[str, Any] = {"datamodule": datamodule, "verbose": False}
-            try:
-                # Both versions draw the same random numbers.
-                with same_random_numbers(trainer.global_rank):
-                    if is_loaded:  # The weights stay in the module for the second run, be they folded then.
-                        with weights_put_back(pl_module):
-                            trainer.validate(pl_module, **kwargs)
-                    else:
-                        careful = weights_only is not False
-                        self._validate_checkpoint(trainer, pl_module, ckpt_path, careful, **kwargs)
-            finally:
-                trainer.callbacks = others  # type: ignore[attr-defined]
+            run = partial(run_trainers_validation, trainer, pl_module, [*callbacks, Restoring()], datamodule=datamodule)
+            if is_loaded:  # The weights stay in the module for the second run, be they folded then.
+                with weights_put_back(pl_module):
+                    return run()
+            careful = weights_only is not False
+            with one_file(ckpt_path, careful) as path, progress_of_training(pl_module) as self._progress:
+                first = run(ckpt_path=path, weights_only=careful)
             is_loaded = True
-            metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-            return ValidationRun(metrics, tuple(int(batches) for batches in trainer.num_val_batches))
+            return first
 
         try:
             with (
+                # Until then, it is the checkpoint or the validation as such that fails.
+                self._failures_as_agreed(trainer, is_folded=False, unless=lambda: not is_loaded),
                 self._stages.shown(trainer),
                 self._reestimated(trainer, pl_module, validate) as reestimated,
             ):
@@ -345,17 +347,6 @@ class BatchNormFolding(Callback):
     def _check_dirpath(self) -> None:
         if self.dirpath is not None and _local(self.dirpath).is_file():
             raise NotADirectoryError(f"dirpath: expected a directory, found a file at {self.dirpath}.")
-
-    def _validate_checkpoint(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        ckpt_path: str | Path,
-        weights_only: bool,
-        **kwargs: Any,
-    ) -> None:
-        with one_file(ckpt_path, weights_only) as path, progress_of_training(pl_module) as self._progress:
-            trainer.validate(pl_module, ckpt_path=path, weights_only=weights_only, **kwargs)
 
     @contextmanager
     def _reestimated(
@@ -491,7 +482,7 @@ class BatchNormFolding(Callback):
             set_it = "Set" if pl_module.example_input_array is None else "Set another"
             self._stages.clear()
             raise _NothingToProveOnError(
-                f"There is nothing to validate on, and `forward` does not run on {source}: {error}. {set_it} "
+                f"There is nothing to validate on, and `forward` does not run on {source}: {named(error)}. {set_it} "
                 "`example_input_array`, or give a validation loader."
             ) from error
         finally:

@@ -118,11 +118,46 @@ def run_validation(
             raise
         # Lightning puts a new tensor under each key that it updates, so whatever is not an old object was logged now.
         logged = {key: value for key, value in trainer.callback_metrics.items() if value is not stale.get(key)}
-        metrics = {key: float(value) for key, value in logged.items() if value.numel() == 1}
-        loaders = range(loop.num_dataloaders if loop._is_sequential else 1)
-        batches = tuple(loop._seen_batches_per_dataloader[idx] for idx in loaders)
-        # All ranks have to meet here, also if only some of them logged.
-        loss = returned_loss.compute(trainer)
+        return _measured(trainer, loop, logged, returned_loss)
+
+
+def run_trainers_validation(
+    trainer: Trainer, pl_module: LightningModule, callbacks: Sequence[Callback], **kwargs: Any
+) -> ValidationRun:
+    """Run ``trainer.validate`` once, outside of a fit.
+
+    As in ``run_validation``, every run draws the same random numbers, and loggers write nothing. The Trainer's own
+    callbacks take part, and what it and the module come to stays.
+
+    Args:
+        trainer: A Trainer that is doing nothing else.
+        pl_module: The module.
+        callbacks: The callbacks that measure.
+        **kwargs: What ``trainer.validate`` takes besides.
+
+    Returns:
+        What validation logged.
+    """
+    others, returned_loss = vars(trainer)["callbacks"], _ReturnedLoss()
+    with ExitStack() as stack:
+        stack.enter_context(same_random_numbers(trainer.global_rank))
+        for logger in trainer.loggers:
+            stack.enter_context(_muted_logger(logger))
+        vars(trainer)["callbacks"] = [*others, *callbacks, returned_loss]
+        try:
+            trainer.validate(pl_module, verbose=False, **kwargs)
+        finally:
+            vars(trainer)["callbacks"] = others
+    return _measured(trainer, trainer.validate_loop, trainer.callback_metrics, returned_loss)
+
+
+def _measured(trainer: Trainer, loop: Any, logged: Mapping[str, Tensor], returned_loss: _ReturnedLoss) -> ValidationRun:
+    """What a run of a validation loop has logged, and over how many batches."""
+    metrics = {key: float(value) for key, value in logged.items() if value.numel() == 1}
+    loaders = range(loop.num_dataloaders if loop._is_sequential else 1)
+    batches = tuple(loop._seen_batches_per_dataloader[idx] for idx in loaders)
+    # All ranks have to meet here, also if only some of them logged.
+    loss = returned_loss.compute(trainer)
     return ValidationRun(metrics or loss, batches)
 
 

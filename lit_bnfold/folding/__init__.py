@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from lit_bnfold.folding.graph import FoldingError, Obstacle
-from lit_bnfold.folding.kinds import KINDS, BatchNormKind, Kinds, LayerKind
+from lit_bnfold.folding.kinds import KINDS, BatchNormKind, Kinds, LayerKind, check_types
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
 from lit_bnfold.folding.rewrite import fold_model
 from lit_bnfold.folding.search import make_plan
@@ -85,14 +85,12 @@ def plan_folding(
         >>> plan.kept[0].reason
         'it normalises what `relu` in `0` made, which is no layer; and the output of `1` is returned by the model'
     """
-    for name, value, expected, words in (
+    check_types(
         ("model", model, nn.Module, "an nn.Module"),
         ("example_args", example_args, Sequence, "a sequence of arguments such as (x,)"),
         ("example_kwargs", example_kwargs, (Mapping, type(None)), "a mapping of arguments such as {'x': x}"),
         ("kinds", kinds, Kinds, "Kinds"),
-    ):
-        if not isinstance(value, expected):
-            raise TypeError(f"{name}: expected {words}, got {type(value).__name__}.")
+    )
     example = (tuple(example_args), dict(example_kwargs or {}))
     with TURN:
         found = _planned(model, *example, kinds)

@@ -32,6 +32,9 @@ from lit_bnfold.folding.kinds import (
 )
 from lit_bnfold.folding.tensors import is_plain
 
+_WITHOUT_FLOAT64 = ("mps",)
+_ON_APPLE = "is on an Apple GPU, which has no float64: fold the model on the CPU"
+
 _FOLDABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -163,7 +166,7 @@ class Census:
                 [gain.amax() if len(gain) else gain.new_ones(()) for gain in of_channels.split(lengths)]
             )
             mean, var, weight, _, eps = columns
-            owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(columns.device)
+            owner = torch.repeat_interleave(torch.tensor(lengths, device=columns.device))
             squares = columns.new_zeros(2, len(lengths)).index_add_(1, owner, squares_around(mean, var, weight, eps))
             of_residual = (squares[0] / squares[1]).sqrt()
             found = (_Gains(*both) for both in torch.stack([largest, of_residual], 1).tolist())
@@ -204,6 +207,8 @@ class Census:
             is_parameter = type(tensor) is nn.Parameter or (tensor not in used and type(tensor) is Tensor)
             if not is_parameter or tensor.layout is not torch.strided or tensor.is_meta:
                 return "unusual-weight", f"`{called}` is not an ordinary parameter"
+            if tensor.device.type in _WITHOUT_FLOAT64:
+                return "unusual-weight", f"`{called}` {_ON_APPLE}"
             if tensor in used and tensor.dtype not in _FOLDABLE_DTYPES:
                 return "unusual-weight", f"`{called}` is of {tensor.dtype}, which cannot be scaled"
             if len(self._owners[tensor]) > 1:
@@ -240,6 +245,8 @@ class Census:
             return "own-forward", f"its class {type(module).__name__} holds other BatchNorms"
         if any(tensor.is_meta for tensor in used):
             return "unusual-weight", "its statistics are on the meta device and hold no numbers"
+        if any(tensor.device.type in _WITHOUT_FLOAT64 for tensor in used):
+            return "unusual-weight", f"it {_ON_APPLE}"
         shape = (self.kinds.num_features(module),)
         if any(tensor.shape != shape for tensor in used):
             return "unusual-weight", "it has another number of channels than its attributes say"

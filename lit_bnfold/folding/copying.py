@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.data import DataLoader, Dataset
 
-from lit_bnfold.folding.graph import FoldingError
+from lit_bnfold.folding.graph import FoldingError, named
 from lit_bnfold.folding.kinds import own_tensors
 from lit_bnfold.folding.tensors import WITHOUT_TENSORS, holds_no_tensor, tensors_in
 
@@ -85,7 +85,7 @@ def copy_model(model: _Model, memo: dict[int, Any] | None = None) -> _Model:
     try:
         copied = _deepcopy(model, [module for module in modules if type(module) in ordinary], known)
     except Exception as error:
-        raise FoldingError(f"The model cannot be copied: {error}") from error
+        raise FoldingError(f"The model cannot be copied: {named(error)}.") from error
     # A class that copies itself in a way of its own may forget the mode.
     originals = {} if ordinary.issuperset(map(type, modules)) else dict(model.named_modules())
     for name, module in copied.named_modules() if originals else ():

@@ -37,6 +37,24 @@ class FoldingError(Exception):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line and without its full stop, for the middle of a sentence.
+
+    Args:
+        error: The error.
+    """
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def named(error: BaseException) -> str:
+    """The same behind the name of its class, without which many say little, such as a KeyError.
+
+    Args:
+        error: The error.
+    """
+    return ": ".join(filter(None, [type(error).__name__, one_line(error)]))
+
+
 @dataclass(slots=True)
 class Value:
     """What one tensor held between two writes.

@@ -14,6 +14,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 _STATISTICS = {"weight", "bias", "running_mean", "running_var"}
 
 
+def check_types(*arguments: tuple[str, Any, Any, str]) -> None:
+    """Refuse an argument of another type than it has to be.
+
+    Args:
+        *arguments: Of each its name, what was given, the type or types, and words for what is expected.
+
+    Raises:
+        TypeError: If one is of another type.
+    """
+    for name, given, expected, words in arguments:
+        if not isinstance(given, expected):
+            raise TypeError(f"{name}: expected {words}, got {type(given).__name__}.")
+
+
+def _check_module_class(module: Any) -> None:
+    if not (isinstance(module, type) and issubclass(module, nn.Module)):
+        raise TypeError(f"module: expected a class of modules such as nn.Linear, got {module!r}.")
+
+
 @dataclass(frozen=True)
 class LayerKind:
     """A kind of weight layer that a BatchNorm can be folded into.
@@ -32,6 +51,7 @@ class LayerKind:
         arguments: Names of the first arguments of ``function``.
 
     Raises:
+        TypeError: If ``module`` is no class of modules.
         ValueError: If ``function`` takes no bias, which a fold needs, and does not look up rows as an Embedding does.
 
     Example:
@@ -55,6 +75,7 @@ class LayerKind:
     arguments: tuple[str, ...] = ("input", "weight", "bias")
 
     def __post_init__(self) -> None:
+        _check_module_class(self.module)
         if not self.has_bias and self.function is not F.embedding:
             raise ValueError(f"arguments: expected a 'bias' among those of {self.function}, got {self.arguments}.")
 
@@ -150,6 +171,9 @@ class BatchNormKind:
         eps: Name of the attribute with what is added to the variance; where it is missing, the usual values are tried.
         channel_axis: Axis of its input that the channels lie on; counted from the end if negative.
 
+    Raises:
+        TypeError: If ``module`` is no class of modules.
+
     Example:
         >>> class Standardise(nn.Module):
         ...     def __init__(self, size):
@@ -169,6 +193,9 @@ class BatchNormKind:
     bias: str = "bias"
     eps: str = "eps"
     channel_axis: int = 1
+
+    def __post_init__(self) -> None:
+        _check_module_class(self.module)
 
     @property
     def calls_batch_norm(self) -> bool:
@@ -247,7 +274,7 @@ class Kinds:
         batchnorms: Further kinds of BatchNorms.
 
     Raises:
-        TypeError: If one of them is no tuple, or holds something else.
+        TypeError: If one of them is no tuple or list, or holds something else.
 
     Example:
         >>> class Standardise(nn.Module):

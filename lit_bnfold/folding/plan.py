@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lit_bnfold.folding.graph import FoldingError
-from lit_bnfold.folding.kinds import KINDS, Kinds
+from lit_bnfold.folding.kinds import KINDS, Kinds, check_types
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -149,9 +149,11 @@ class FoldingPlan:
 
         Raises:
             FoldingError: If the plan does not fit the model; then the model is as it was.
+            TypeError: If an argument is of another type, such as a class in place of a model.
         """
         from lit_bnfold.folding.rewrite import apply_plan
 
+        check_types(("model", model, nn.Module, "an nn.Module"), ("kinds", kinds, Kinds, "Kinds"))
         return apply_plan(self, model, inplace=inplace, kinds=kinds)
 
     def keeping_all(self, code: str, reason: str, order: Iterable[str]) -> FoldingPlan:
@@ -193,7 +195,8 @@ class FoldingPlan:
             is_newer = type(version) is int and version > MANIFEST_VERSION
             remedy = "a newer release wrote it: upgrade lit-bnfold" if is_newer else "take the dict that `to_dict` gave"
             expected = f"a folding plan of version 1 to {MANIFEST_VERSION}"
-            raise FoldingError(f"Expected {expected}, got version {_shortened(version)}; {remedy}.")
+            got = f"version {_shortened(version)}" if isinstance(plan, dict) else type(plan).__name__
+            raise FoldingError(f"Expected {expected}, got {got}; {remedy}.")
         given = _fields(plan, _PLAN if version > 1 else _PLAN_1, "the plan")
         folds = tuple(_fold_from_dict(fold, f"folds[{index}]") for index, fold in enumerate(given["folds"]))
         kept = tuple(Kept(**_fields(each, _KEPT, f"kept[{index}]")) for index, each in enumerate(given["kept"]))

@@ -29,7 +29,7 @@ from lit_bnfold.folding.algebra import (
 from lit_bnfold.folding.census import Census
 from lit_bnfold.folding.computed import Undo, bake, computed_tensors
 from lit_bnfold.folding.copying import copy_model, stand_in
-from lit_bnfold.folding.graph import FoldingError
+from lit_bnfold.folding.graph import Call, FoldingError, Layer, Obstacle
 from lit_bnfold.folding.kinds import KINDS, NORMALISING, Kinds, LayerKind, Rest
 from lit_bnfold.folding.plan import DIRECTIONS, Fold, FoldingPlan, Part
 from lit_bnfold.folding.transparent import UNTOUCHED
@@ -171,12 +171,35 @@ def _check_obstacles(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:
     for fold in plan.folds:
         obstacle = census.batchnorms[modules[fold.batchnorm]].obstacle
         for part in fold.parts:
-            layer = census.layer(modules[part.layer], part.function)
+            module, kind = modules[part.layer], kinds.layer(modules[part.layer], part.function)
+            assert kind is not None
+            layer = census.layer(module, part.function)
             if layer.computed and not part.baked:
                 obstacle = obstacle or ("computed-weight", f"`{part.layer}` computes its weight at every call")
-            obstacle = obstacle or layer.obstacle
+            obstacle = obstacle or layer.obstacle or _obstacle_of_call(fold, part, module, kind, layer)
         if obstacle is not None:
             raise FoldingError(f"The plan folds `{fold.batchnorm}`, which has to stay in this model: {obstacle[1]}.")
+
+
+def _obstacle_of_call(fold: Fold, part: Part, module: nn.Module, kind: LayerKind, layer: Layer) -> Obstacle | None:
+    """What a run of this model would show of its layer; how one with a forward of its own is called, only a run can."""
+    if not kind.runs_torchs_forward(module):
+        return None
+    call = _call_of(module)
+    if fold.direction == "forward" and layer.pads_with_zeros(call):
+        return "zero-padding", f"`{part.layer}` pads its input with zeros"
+    is_beside = fold.direction == "parallel" or part.residual
+    if is_beside and not (layer.has_centre_tap(call) and layer.in_channels == layer.out_channels):
+        return "no-layer", f"no element of what `{part.layer}` makes lies on that of its input"
+    return None
+
+
+def _call_of(module: Any) -> Call:
+    """How torch's forward calls the function of a layer; what pads in another way than with zeros does so before."""
+    pads = getattr(module, "padding_mode", "zeros") == "zeros"
+    names = ["stride", "dilation", *(["padding"] if pads else [])]
+    kwargs = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    return Call(index=0, kind="layer", name="", frame=0, owner=None, args=(), kwargs=kwargs, inputs=())
 
 
 def _check_fit(plan: FoldingPlan, model: nn.Module, kinds: Kinds) -> None:

@@ -11,6 +11,7 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -50,6 +51,13 @@ def make_plan(graph: ValueGraph) -> FoldingPlan:
     Returns:
         The plan.
     """
+    # The labels of channels are Python's business, whatever device is the default at the moment.
+    is_on_cpu = torch.get_default_device().type == "cpu"
+    with nullcontext() if is_on_cpu else torch.device("cpu"):
+        return _plan_of(graph)
+
+
+def _plan_of(graph: ValueGraph) -> FoldingPlan:
     folded: dict[str, Fold] = {}
     stays: dict[str, list[Obstacle]] = {}
     takers: set[str] = set()  # BatchNorms that stay and have taken another one
@@ -116,11 +124,12 @@ def _search(
 
 def _reason(obstacles: list[Obstacle]) -> tuple[str, str]:
     """The sentence and the code for a BatchNorm that stays."""
-    code, backward = obstacles[0]
     last, residual = obstacles[-1]
     if last == "rounding":  # Nothing else is in the way.
         return residual, last
-    forward = obstacles[min(1, len(obstacles) - 1)][1]
+    (code, backward), (code_forward, forward) = obstacles[0], obstacles[min(1, len(obstacles) - 1)]
+    if code == "no-layer" and code_forward in ("zero-padding", "before-batchnorm"):
+        code = code_forward  # There is something behind it, if nothing before.
     return backward if forward == backward else f"{backward}; and {forward}", code
 
 

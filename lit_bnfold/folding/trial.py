@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lit_bnfold.folding.algebra import scale_and_shift
 from lit_bnfold.folding.computed import bake, computed_tensors, is_steady
 from lit_bnfold.folding.copying import copy_model, twin_of
-from lit_bnfold.folding.graph import FoldingError, Obstacle, ValueGraph
+from lit_bnfold.folding.graph import FoldingError, Obstacle, ValueGraph, named
 from lit_bnfold.folding.kinds import Kinds, LayerKind
 from lit_bnfold.folding.moved import Function, moves
 from lit_bnfold.folding.plan import Fold, FoldingPlan
@@ -266,7 +266,7 @@ def _run(twin: nn.Module, recorder: Recorder, args: Sequence[Any], kwargs: Mappi
     try:
         args, kwargs = _copy_example((args, kwargs))
     except Exception as error:
-        raise FoldingError(f"The example cannot be copied, as each run needs its own: {error}") from error
+        raise FoldingError(f"The example cannot be copied, as each run needs its own: {named(error)}.") from error
     with _random_numbers_kept(twin), torch.no_grad(), _nothing_compiled(), recorder:
         try:
             # Watched as well, for some models merge their weights here, which are those of the original.
@@ -274,7 +274,10 @@ def _run(twin: nn.Module, recorder: Recorder, args: Sequence[Any], kwargs: Mappi
             # What the run gives lives until the recorder is closed: whatever it holds back counts as held by somebody.
             output = twin(*args, **kwargs)
         except Exception as error:
-            raise FoldingError(f"The model does not run on the example it was given: {error}") from error
+            raise FoldingError(
+                f"The model does not run on the example it was given: {named(error)}. Pass what its `forward` takes "
+                "as example_args and example_kwargs."
+            ) from error
     return output
 
 

@@ -32,6 +32,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import CombinedLoader
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 from torchmetrics import MetricCollection
@@ -1469,6 +1470,70 @@ def test_a_checkpoint_whose_validation_fails_costs_no_random_numbers(tmp_path: P
         folding.fold_checkpoint(trainer, module, tmp_path / "saved.ckpt")
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (random.getstate(), str(numpy.random.get_state())) == before[1:]
+
+
+class Endless(ValidatingItself):
+    """Validates on data that does not know its length."""
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(Rows(), batch_size=None)
+
+
+class Rows(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(loader())
+
+
+class Returning(ValidatingItself):
+    """Logs nothing."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return {"loss": F.cross_entropy(self(batch[0]), batch[1])}
+
+
+class LoggingSeveral(ValidatingItself):
+    """Logs a number for each class, which no logger takes and callbacks may."""
+
+    def on_validation_epoch_end(self) -> None:
+        self.trainer.callback_metrics["of classes"] = torch.ones(3)
+
+
+@pytest.mark.parametrize("make", [ValidatingItself, Endless, Returning, LoggingSeveral])
+def test_a_checkpoint_is_validated_as_the_training_that_left_it(
+    make: Callable[[], LightningModule], tmp_path: Path, randomised: Randomised
+) -> None:
+    by_fit, folding = BatchNormFolding(), BatchNormFolding()
+    module, saved = randomised(make()), tmp_path / "saved.ckpt"
+    trainer = quiet_trainer(tmp_path, callbacks=[by_fit])
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(saved)
+    logger = CSVLogger(tmp_path / "logs")
+    folding.fold_checkpoint(quiet_trainer(tmp_path, logger=logger, callbacks=[folding]), make(), saved)
+    assert by_fit.report is not None
+    assert folding.report is not None
+    assert folding.report["validation"]["original"]
+    for key in ("validation", "folds", "kept", "output_error", "mismatch"):
+        assert folding.report[key] == by_fit.report[key]
+    assert not files_in(tmp_path / "logs")
+
+
+class FailingFolded(ValidatingItself):
+    def on_validation_epoch_end(self) -> None:
+        assert isinstance(self.net[1], nn.BatchNorm1d)
+
+
+def test_a_checkpoint_whose_hook_cannot_run_folded_is_treated_as_agreed(tmp_path: Path, randomised: Randomised) -> None:
+    saved = tmp_path / "saved.ckpt"
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(randomised(Tiny()), loader())
+    trainer.save_checkpoint(saved)
+    with pytest.raises(AssertionError):
+        BatchNormFolding().fold_checkpoint(quiet_trainer(tmp_path), FailingFolded(), saved)
+    folding = BatchNormFolding(on_mismatch="warn")
+    with pytest.warns(UserWarning, match="did not come to its end: AssertionError"):
+        folding.fold_checkpoint(quiet_trainer(tmp_path), FailingFolded(), saved)
+    assert (folding.plan, folding.report, folding.folded_module) == (None, None, None)
+    assert files_in(tmp_path) == {"saved.ckpt"}
 
 
 # Several processes ----------------------------------------------------------------------------------------------------

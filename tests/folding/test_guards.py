@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_bnfold.folding import FoldingError, FoldingPlan, fold_batchnorm, plan_folding
+from lit_bnfold.folding import FoldingError, FoldingPlan, census, fold_batchnorm, plan_folding
 
 Judge = Callable[..., FoldingPlan]
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -351,3 +351,27 @@ def test_nested_tensor_beside_a_fold_is_nobodys_concern(judge: Judge, net: Any) 
         return m.bn(m.fc(x))
 
     judge(net(forward), X, folds={"bn": ["fc"]})
+
+
+@pytest.mark.parametrize("place", ["batchnorm", "layer"])
+def test_what_is_on_a_device_without_float64_stays(
+    place: str, judge: Judge, net: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(census, "_WITHOUT_FLOAT64", ("cpu",))
+    if place == "layer":
+        monkeypatch.setattr(census.Census, "_batchnorm_obstacle", lambda *_: None)
+    plan = judge(net(linear_bn), X, kept={"bn": "unusual-weight"})
+    who = {"batchnorm": "it", "layer": "`fc.weight`"}[place]
+    assert f"{who} is on an Apple GPU, which has no float64: fold the model on the CPU" in plan.kept[0].reason
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(AssertionError(), "AssertionError"), (KeyError("h"), "KeyError: 'h'"), (ValueError("a\nb."), "ValueError: a b")],
+)
+def test_error_of_the_model_is_named_with_its_class(error: Exception, said: str, net: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        raise error
+
+    with pytest.raises(FoldingError, match=rf"it was given: {said}\. Pass what its `forward` takes"):
+        plan_folding(net(forward), (X,))

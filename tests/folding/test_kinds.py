@@ -332,3 +332,11 @@ def test_function_may_call_its_input_as_it_likes(randomised: Any, agree: Any) ->
     model = randomised(nn.Sequential(Projecting(3, 4), nn.BatchNorm1d(4)).double()).eval()
     assert plan_folding(model, (X,), kinds=kinds).folds[0].layers == ("0",)
     agree(model, fold_batchnorm(model, (X,), kinds=kinds), [(X,), (2 * X[:2],)])
+
+
+@pytest.mark.parametrize("module", ["Linear", nn.Linear(3, 4), int])
+def test_kind_of_what_is_no_class_of_modules_is_refused(module: Any) -> None:
+    with pytest.raises(TypeError, match=r"module: expected a class of modules such as nn\.Linear, got "):
+        LayerKind(module, F.linear, -1)
+    with pytest.raises(TypeError, match=r"module: expected a class of modules such as nn\.Linear, got "):
+        BatchNormKind(module)

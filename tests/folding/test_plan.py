@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
-from lit_bnfold.folding import Fold, FoldingError, FoldingPlan, Kept, Part, plan_folding
+from lit_bnfold.folding import Fold, FoldingError, FoldingPlan, Kept, Part, fold_batchnorm, plan_folding
 
 Judge = Callable[..., FoldingPlan]
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -518,7 +518,7 @@ def test_plan_of_an_unknown_version_or_shape_is_refused() -> None:
             FoldingPlan.from_dict(bad)  # type: ignore[arg-type]
     with pytest.raises(FoldingError, match="of version 1 to 2, got version 99"):
         FoldingPlan.from_dict(good | {"version": 99})
-    with pytest.raises(FoldingError, match="of version 1 to 2, got version None"):
+    with pytest.raises(FoldingError, match="of version 1 to 2, got list"):
         FoldingPlan.from_dict([])  # type: ignore[arg-type]
     with pytest.raises(FoldingError, match="of version 1 to 2, got version 0"):
         FoldingPlan.from_dict(good | {"version": 0})
@@ -1116,7 +1116,7 @@ def test_batchnorm_that_cannot_change_takes_no_other(hinder: str, judge: Judge, 
         "hook": {"first": "no-layer", "second": "hook", "third": "no-layer"},
         "share": {"first": "no-layer", "third": "no-layer"},
         "read": {"first": "no-layer", "second": "parameter-read", "third": "no-layer"},
-        "train": {"first": "no-layer", "second": "batch-statistics", "third": "no-layer"},
+        "train": {"first": "before-batchnorm", "second": "batch-statistics", "third": "no-layer"},
         "twice": {"first": "no-layer", "second": "other-reader", "third": "no-layer"},
     }
     others = [(X[:3],)] if hinder == "train" else None
@@ -1154,3 +1154,32 @@ def test_fold_that_costs_digits_says_so(var: float, weight: float, mean: float, 
     assert ("digits" in str(plan)) == noted
     assert (plan.folds[0].note is not None) == noted
     assert FoldingPlan.from_dict(plan.to_dict()) == plan
+
+
+def test_batchnorm_before_zero_padding_says_so(judge: Judge) -> None:
+    images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    padded = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1))
+    judge(padded, images, kept={"1": "zero-padding"})
+
+
+def test_default_device_does_not_matter(randomised: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+    model = randomised(model.extend([nn.BatchNorm1d(5), nn.Tanh()])).double()
+    images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    expected = plan_folding(model, (images,))
+    assert [fold.layers for fold in expected.folds] == [("0",), ("4",)]
+    with torch.device("meta"):
+        assert plan_folding(model, (images,)) == expected
+        assert not any(parameter.is_meta for parameter in fold_batchnorm(model, (images,)).parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": nn.Linear}, "model: expected an nn.Module, got type"),
+        ({"kinds": None}, "kinds: expected Kinds, got NoneType"),
+    ],
+)
+def test_plan_is_applied_to_models_alone(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        FoldingPlan().apply(**({"model": nn.Linear(3, 4)} | given))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_bnfold.folding import Fold, FoldingError, FoldingPlan, Part, fold_batchnorm, plan_folding
 from lit_bnfold.folding.copying import copy_model
@@ -279,6 +279,50 @@ def test_plan_is_refused_by_a_model_that_got_something_in_the_way_since(randomis
             raise AssertionError("not reached")
         assert list(model.modules()) == before
         assert isinstance(model[1], nn.BatchNorm1d)
+
+
+def padded_behind(padding: Any, **kwargs: Any) -> nn.Module:
+    return nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=padding, **kwargs))
+
+
+class Beside(nn.Module):
+    """Two convolutions of the same input, and a BatchNorm beside the first of them."""
+
+    def __init__(self, kernel: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, kernel, **kwargs), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.relu()
+        return self.norm(x) + self.conv(x)
+
+
+@pytest.mark.parametrize(
+    ("planned", "other", "message"),
+    [
+        (padded_behind(0), padded_behind(1), "`2` pads its input with zeros"),
+        (padded_behind("valid"), padded_behind("same"), "`2` pads its input with zeros"),
+        (padded_behind(1, padding_mode="reflect"), padded_behind(1), "`2` pads its input with zeros"),
+        (Beside(3, padding=1), Beside(2, padding="same"), "no element of what `conv` makes lies on"),
+        (Beside(3, padding=2, dilation=2), Beside(3, padding=1, dilation=1, stride=2), "no element of what `conv`"),
+        (Beside(1), Beside(3, padding=1), None),
+        (padded_behind(0), padded_behind(2, padding_mode="circular"), None),
+    ],
+)
+def test_plan_is_refused_where_a_layer_is_called_otherwise(
+    planned: nn.Module, other: nn.Module, message: str | None, randomised: Randomised, agree: Any
+) -> None:
+    x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    plan, other = plan_folding(randomised(planned).double(), (x,)), randomised(other).double().eval()
+    assert len(plan.folds) == 1
+    if message is None:
+        agree(other, plan.apply(other), [(x,)])
+        return
+    before = bits(other)
+    for inplace in (False, True):
+        with pytest.raises(FoldingError, match=f"has to stay in this model: {message}"):
+            plan.apply(other, inplace=inplace)
+    assert bits(other) == before
 
 
 def test_plan_is_refused_by_a_batchnorm_that_can_take_no_other_since(randomised: Randomised) -> None:
