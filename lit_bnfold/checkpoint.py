@@ -231,15 +231,43 @@ def save_folded(
         undo()
 
 
+@contextmanager
+def writing_plan(pl_module: LightningModule, plan: FoldingPlan) -> Iterator[None]:
+    """Have a module that is folded for a while write its plan into the checkpoints that are saved meanwhile.
+
+    Args:
+        pl_module: The module.
+        plan: The plan by which it is folded.
+    """
+    undo = _add_to_hook(pl_module, "on_save_checkpoint", partial(_add_manifest, plan))
+    try:
+        yield
+    finally:
+        undo()
+
+
 def stay_folded(pl_module: LightningModule, plan: FoldingPlan) -> None:
-    """Have a folded module write its plan into every checkpoint from now on, and take folded checkpoints back.
+    """Have a folded module write its plan into every checkpoint from now on, and take folded checkpoints alone.
 
     Args:
         pl_module: A module that was folded for good.
         plan: The plan by which it was folded.
     """
-    _add_to_hook(pl_module, "on_save_checkpoint", partial(_add_manifest, plan))
+    _remember(plan, pl_module)
     take_folded(pl_module)
+
+
+def _remember(plan: FoldingPlan, module: nn.Module) -> None:
+    _add_to_hook(module, "on_save_checkpoint", partial(_add_manifest, plan))
+    _add_to_hook(module, "on_load_checkpoint", _check_is_folded, first=True)
+
+
+def _check_is_folded(checkpoint: Mapping[str, Any]) -> None:
+    if MANIFEST not in checkpoint:
+        raise FoldingError(
+            "This module is folded, and the checkpoint is not: load it into a new module, or pass a folded.ckpt, or no "
+            "checkpoint at all to go on with the weights that the module has."
+        )
 
 
 def take_folded(pl_module: LightningModule) -> _Undo:
@@ -461,7 +489,7 @@ def _take_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         plan = FoldingPlan.from_dict(checkpoint[MANIFEST])
         if not _is_folded(module, plan):
             fold_structure(plan, module)
-            _add_to_hook(module, "on_save_checkpoint", partial(_add_manifest, plan))
+            _remember(plan, module)
         _check_dtypes(module, checkpoint["state_dict"])
 
 

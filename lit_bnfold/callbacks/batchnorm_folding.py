@@ -31,7 +31,6 @@ from lit_bnfold.callbacks.tolerance import default_tolerance, dtype_tolerance
 from lit_bnfold.callbacks.validation import (
     ValidationRun,
     first_training_batch,
-    nothing_overwritten,
     run_trainers_validation,
     run_validation,
     weights_put_back,
@@ -44,6 +43,7 @@ from lit_bnfold.checkpoint import (
     save_folded,
     stay_folded,
     take_folded,
+    writing_plan,
 )
 from lit_bnfold.copying import eval_copy
 from lit_bnfold.folding import FoldingError, FoldingPlan
@@ -72,8 +72,8 @@ class BatchNormFolding(Callback):
     is set. Where there is nothing to validate on, or validation calls nothing, one call of ``forward`` has to do: on
     the module's ``example_input_array`` or on what a training batch begins with.
 
-    Both validations run the module's own hooks. Loggers are silent meanwhile, and while the module is folded neither
-    ``trainer.save_checkpoint`` nor ``torch.save`` writes over a file; what hooks write in other ways is written again.
+    Both validations run the module's own hooks. Loggers are silent meanwhile, and files that a hook writes over have
+    their content back afterwards; new files, and what is appended to one, stay.
 
     The report also says what folding saves. For that, copies of both versions are run for a moment: a twentieth of the
     time that a validation takes, a little more after a short one, and never more than 2 seconds. A TensorBoardLogger
@@ -396,7 +396,7 @@ class BatchNormFolding(Callback):
         self._stages.begin(f"validating with {len(plan.folds)} of {len(plan.folds) + len(plan.kept)} folded")
         unfolded, start = runnable_copy(pl_module, trainer), time.perf_counter()
         with folded_in_place(plan, pl_module):
-            with folded, first_call(pl_module) as calls, nothing_overwritten(trainer):
+            with folded, first_call(pl_module) as calls, writing_plan(pl_module, plan):
                 after = validate([] if original.is_of_an_example else [folded])
                 seconds = time.perf_counter() - start
                 if original.is_of_an_example:

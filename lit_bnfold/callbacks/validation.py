@@ -8,9 +8,7 @@ them.
 
 from __future__ import annotations
 
-import os
 import random
-import threading
 import warnings
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +37,7 @@ from torch.optim.optimizer import (
 )
 from torchmetrics import Metric
 
+from lit_bnfold.callbacks.kept_files import files_put_back
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.folding.tensors import WITHOUT_TENSORS
 
@@ -85,10 +84,10 @@ def run_validation(
     """Run the validation of ``pl_module`` once and put everything back as it was, also when validation raises.
 
     Every run draws the same random numbers, so two runs differ only by what was changed between them. Loggers write
-    nothing, and of all callbacks only ``callbacks`` get their validation hooks called. What stays: files that the
-    module writes by itself, what it changes in place in plain tensor attributes and in objects other than Python's
-    containers and torchmetrics, and, if the fit has not validated before, the validation loaders, so that the next run
-    reads the same ones.
+    nothing, of all callbacks only ``callbacks`` get their validation hooks called, and files that the module writes
+    over have their content back. What stays: new files that it writes, what it changes in place in plain tensor
+    attributes and in objects other than Python's containers and torchmetrics, and, if the fit has not validated before,
+    the validation loaders, so that the next run reads the same ones.
 
     Args:
         trainer: A Trainer in ``fit``, at a point where no validation runs, such as ``on_train_end``; all ranks of it.
@@ -141,6 +140,7 @@ def run_trainers_validation(
     others, returned_loss = vars(trainer)["callbacks"], _ReturnedLoss()
     with ExitStack() as stack:
         stack.enter_context(same_random_numbers(trainer.global_rank))
+        stack.enter_context(files_put_back())
         for logger in trainer.loggers:
             stack.enter_context(_muted_logger(logger))
         vars(trainer)["callbacks"] = [*others, *callbacks, returned_loss]
@@ -305,6 +305,7 @@ def _no_trace(
     connector = trainer._logger_connector
     with ExitStack() as stack:
         stack.enter_context(same_random_numbers(trainer.global_rank))
+        stack.enter_context(files_put_back())
         # Compiled code would be compiled again for layers that are swapped for one run only.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_put_back(_trainer_parts(trainer, loop)))
@@ -549,37 +550,6 @@ def same_random_numbers(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             numpy.random.set_state(numpy_state)
-
-
-@contextmanager
-def nothing_overwritten(trainer: Trainer) -> Iterator[None]:
-    """Let neither the Trainer nor ``torch.save`` write over a file: a hook of the module may keep what validates best.
-
-    Args:
-        trainer: The Trainer.
-    """
-    save, save_checkpoint, thread = torch.save, trainer.save_checkpoint, threading.get_ident()
-
-    def save_anew(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-        is_there = isinstance(file, (str, os.PathLike)) and Path(file).exists()
-        if threading.get_ident() != thread or not is_there:
-            save(content, file, *args, **kwargs)
-
-    def save_checkpoint_anew(filepath: str | Path, *args: Any, **kwargs: Any) -> None:
-        # All processes meet in there, or none.
-        if not trainer.strategy.broadcast(Path(filepath).exists()):
-            save_checkpoint(filepath, *args, **kwargs)
-
-    attributes = vars(trainer)
-    own = {"save_checkpoint": save_checkpoint} if "save_checkpoint" in attributes else {}
-    try:
-        attributes["save_checkpoint"] = save_checkpoint_anew
-        torch.save = save_anew  # type: ignore[assignment]
-        yield
-    finally:
-        torch.save = save
-        del attributes["save_checkpoint"]
-        attributes.update(own)
 
 
 # What is kept silent -------------------------------------------------------------------------------------------------

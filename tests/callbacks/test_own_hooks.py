@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.serialization import save as save_as_imported
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
 from lit_bnfold import BatchNormFolding, load_folded
@@ -140,7 +141,7 @@ class Averaged(Tiny):
     [
         (Partly, "its folded.ckpt would not hold `encoder.0.weight` as it is folded"),
         (Halved, "its folded.ckpt would not hold `net.0.weight` as it is folded"),
-        (Averaged, "its folded.ckpt could not be loaded again: Error"),
+        (Averaged, "its folded.ckpt could not be loaded again: RuntimeError: Error"),
     ],
 )
 def test_a_module_that_saves_something_else_is_a_mismatch(
@@ -174,27 +175,71 @@ def test_a_module_that_saves_under_other_names_is_folded(tmp_path: Path, randomi
     assert torch.equal(load_folded(Renaming, tmp_path / "folded.ckpt")(inputs), folding.folded_module(inputs))
 
 
-class KeepingTheBest(Tiny):
-    """Saves what validates best by itself, in two ways; a folded version always counts as better."""
+class KeepingItself(Tiny):
+    """Saves its newest weights by itself, in many ways, and tells a log of it."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__()
         self.directory = directory
 
     def on_validation_epoch_end(self) -> None:
-        if not self.trainer.sanity_checking:
-            torch.save(self.state_dict(), self.directory / "own.pt")
-            self.trainer.save_checkpoint(self.directory / "own.ckpt")
+        state = self.state_dict()
+        torch.save(state, self.directory / "torch.pt")
+        save_as_imported(state, str(self.directory / "imported.pt"))
+        with (self.directory / "file.pt").open("wb") as file:
+            torch.save(state, file)
+        self.trainer.save_checkpoint(self.directory / "own.ckpt")
+        self.trainer.strategy.checkpoint_io.save_checkpoint(state, self.directory / "io.pt")
+        (self.directory / "removed.pt").unlink(missing_ok=True)
+        for name in ("removed.pt", "written.pt"):
+            torch.save(state, self.directory / name)
+        (self.directory / "written.pt").replace(self.directory / "renamed.pt")
+        with (self.directory / "log.txt").open("a") as log:
+            log.write("validated\n")
 
 
-def test_what_a_module_keeps_by_itself_is_never_folded(tmp_path: Path, randomised: Randomised) -> None:
-    module = randomised(KeepingTheBest(tmp_path))
-    trainer = fitted(module, tmp_path, callbacks=[BatchNormFolding()])
-    kept = torch.load(tmp_path / "own.pt", weights_only=True)
-    assert all(torch.equal(kept[name], tensor) for name, tensor in module.state_dict().items())
-    assert torch.load(tmp_path / "own.ckpt", weights_only=True)["state_dict"].keys() == kept.keys()
-    assert "state_dict" not in vars(module)
-    assert "save_checkpoint" not in vars(trainer)
+@pytest.mark.parametrize("options", [{}, {"weights": "best"}, {"reestimate_batches": 2}])
+def test_what_a_module_keeps_by_itself_is_what_training_has_left(
+    options: dict[str, Any], tmp_path: Path, randomised: Randomised
+) -> None:
+    found = {}
+    for name, callbacks in {"without": [], "with": [BatchNormFolding(**options)]}.items():
+        directory = tmp_path / name
+        directory.mkdir()
+        torch.manual_seed(1)
+        saver = ModelCheckpoint(tmp_path / f"saved_{name}", monitor="val/loss", mode="max")
+        fitted(randomised(KeepingItself(directory)), tmp_path, callbacks=[saver, *callbacks], enable_checkpointing=True)
+        paths = sorted(path for path in directory.iterdir() if path.name != "log.txt")
+        found[name] = {path.name: torch.load(path, weights_only=True) for path in paths}
+        lines = (directory / "log.txt").read_text().splitlines()
+        assert len(lines) == {"without": 3, "with": 6 if "reestimate_batches" in options else 5}[name]
+    assert len(found["with"]) == 7
+    assert found["with"].keys() == found["without"].keys()
+    for name, expected in found["without"].items():
+        saved = found["with"][name]
+        for state in (saved, expected):
+            state.pop("callbacks", None)
+        assert str(saved) == str(expected)
+    assert vars(torch.serialization)["_open_zipfile_writer"].__module__ == "torch.serialization"
+
+
+class NamingByTime(Tiny):
+    saved = 0
+
+    def on_validation_epoch_end(self) -> None:
+        type(self).saved += 1
+        self.trainer.save_checkpoint(f"{self.trainer.default_root_dir}/{self.saved}.ckpt")
+
+
+def test_a_new_checkpoint_of_the_folded_module_says_so(tmp_path: Path, randomised: Randomised) -> None:
+    folding = BatchNormFolding()
+    fitted(randomised(NamingByTime()), tmp_path, callbacks=[folding], num_sanity_val_steps=0)
+    assert NamingByTime.saved == 4
+    state = [torch.load(tmp_path / f"{number}.ckpt", weights_only=True) for number in (1, 2, 3, 4)]
+    assert ["batchnorm_folding" in each for each in state] == [False, False, False, True]
+    assert folding.folded_module is not None
+    inputs = torch.randn(7, 4)
+    assert torch.equal(load_folded(NamingByTime, tmp_path / "4.ckpt")(inputs), folding.folded_module(inputs))
 
 
 class Elsewhere(TorchCheckpointIO):
