@@ -101,8 +101,10 @@ def is_steady(module: nn.Module) -> bool:
     found = []
     for _ in range(2):
         undo = bake(module)
-        found.append({key: tensor for key, tensor in module._parameters.items() if tensor is not None})
-        undo()
+        try:
+            found.append({key: tensor for key, tensor in module._parameters.items() if tensor is not None})
+        finally:
+            undo()
         random.random()
     first, second = found
     return all(torch.equal(first[key], second[key]) for key in first)
@@ -147,4 +149,6 @@ def _in_eval_mode(parametrization: nn.Module) -> Tensor:
             for part, flag in flags.items():
                 part.training = flag
             for buffer, before in buffers.items():
-                buffer.copy_(before)
+                # A write that changes nothing would still keep a backward pass that is pending from using it.
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)

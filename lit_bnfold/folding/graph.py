@@ -285,6 +285,14 @@ class ValueGraph:
         return any(call.name in _STRIDE_READERS for alias in aliases for call in self.users(alias))
 
     @cached_property
+    def _last_view(self) -> int:
+        return max((call.index for call in self.calls if call.name in _STRIDE_READERS), default=-1)
+
+    def is_viewed_after(self, call: Call) -> bool:
+        """Whether anything is looked at, after a call, in a way that depends on its strides."""
+        return call.index < self._last_view
+
+    @cached_property
     def summed_up(self) -> set[int]:
         """Storages written by nothing but sums, each of which is all that is made of what was there before."""
         return {storage for storage in self.writers if self._is_summed_up(storage)}

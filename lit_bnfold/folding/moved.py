@@ -102,11 +102,12 @@ def own_numbers(layer: nn.Module, kind: LayerKind) -> dict[str, Tensor | None]:
         kind: Its kind.
     """
     put_back = bake(layer) if computed_tensors(layer) else None
-    own = {key: layer._parameters.get(key) for key in ("weight", "bias") if key in kind.arguments}
-    numbers: dict[str, Tensor | None] = {k: None if tensor is None else tensor.detach() for k, tensor in own.items()}
-    if put_back is not None:
-        put_back()
-    return numbers
+    try:
+        own = {key: layer._parameters.get(key) for key in ("weight", "bias") if key in kind.arguments}
+        return {key: None if tensor is None else tensor.detach() for key, tensor in own.items()}
+    finally:
+        if put_back is not None:
+            put_back()
 
 
 def with_numbers(kind: LayerKind, numbers: Mapping[str, Tensor | None]) -> Callable[[Function], Function]:

@@ -359,28 +359,32 @@ class Zero(nn.Module):
         return input.new_zeros(()).expand(input.shape)
 
 
-class WritableZero(Zero):
-    """What is left of it where the sum is written into its output."""
+class LaidOutZero(Zero):
+    """What is left of it where the sum is written into its output, or where its layout in memory matters."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Zeros for an input of any shape, that can be written."""
-        return torch.zeros_like(input)
+        return torch.zeros_like(input, memory_format=_format_of_batch_norm(input))
 
 
-class Contiguous(nn.Identity):
+class LaidOut(nn.Identity):
     """What is left of one that lays its output out anew in memory, for whoever relies on that."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input, of any shape, with its axes one after the other in memory, also those of size 1."""
+        """The input, of any shape, with its axes in memory as ``batch_norm`` leaves them, also those of size 1."""
+        if _format_of_batch_norm(input) is not torch.contiguous_format:
+            return input
         return input.contiguous().view(input.shape)
 
 
-class ContiguousZero(Zero):
-    """What is left of one that was folded into a layer beside it and lays its output out anew in memory."""
+def _format_of_batch_norm(input: Tensor) -> torch.memory_format:
+    """How ``batch_norm`` lays out what it makes of an input: images keep their channels last, all else comes in order.
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Zeros for an input of any shape, with their axes one after the other in memory; they can be written."""
-        return input.new_zeros(input.shape)
+    A crop of images with channels last is laid out here in order, and there, by some kernels, with its channels last.
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
+    keeps_last = last is not None and not input.is_contiguous() and input.is_contiguous(memory_format=last)
+    return last if last is not None and keeps_last else torch.contiguous_format
 
 
 # Weakly, for classes may be made while the process runs, and go again.
@@ -424,9 +428,9 @@ def erase(batchnorm: nn.Module, fold: Fold, kinds: Kinds) -> Undo:
     """
     kind: Any = type(batchnorm)
     parameters, buffers = batchnorm._parameters, batchnorm._buffers
-    left: type[nn.Module] = Contiguous if fold.contiguous else nn.Identity
+    left: type[nn.Module] = LaidOut if fold.contiguous else nn.Identity
     if fold.direction == "parallel":
-        left = ContiguousZero if fold.contiguous else WritableZero if fold.written else Zero
+        left = LaidOutZero if fold.contiguous or fold.written else Zero
     if kinds.only_normalises(batchnorm):
         _become(batchnorm, left, {}, {})
     else:

@@ -222,6 +222,10 @@ class _Search:
             raise _StaysError(*facts.obstacle)
         for tensor in facts.parameters:
             value = self.graph.named_values[tensor]
+            others = [call for call in self.graph.users(value) if call.kind != "batchnorm"]
+            if any(self.graph.frames[call.frame].module == self.name for call in others):
+                what = f"{self._named(value)} otherwise than by `batch_norm`"
+                raise _StaysError("own-forward", f"its class has a forward of its own, which reads {what}")
             self._check_readers(value, [call for call in self.graph.users(value) if call.kind == "batchnorm"])
         if not self.calls:
             raise _StaysError("not-reached", "the run did not reach it")
@@ -328,18 +332,28 @@ class _Search:
                 raise _StaysError("written", f"its output is written in place by {writer}")
             is_laid_out_anew = _is_laid_out_anew(before, after)
             if after.stride == _contiguous(after.shape):
-                self._contiguous |= is_laid_out_anew or self._may_be_odd(before)
+                self._contiguous |= is_laid_out_anew or self._may_be_odd(before, self.graph.is_viewed_after(call))
             elif is_laid_out_anew and self.graph.is_reinterpreted(after):
                 raise _StaysError("layout", "it lays its output out anew in memory, and a later `view` relies on that")
             if before.dtype != after.dtype:
                 raise _StaysError("layout", f"it turns {before.dtype} into {after.dtype}")
 
-    def _may_be_odd(self, value: Value) -> bool:
-        """Whether on other sizes a value may lie in memory otherwise than axis after axis, as it does on these."""
+    def _may_be_odd(self, value: Value, counts_unknown: bool) -> bool:
+        """Whether next time a value may lie in memory otherwise than axis after axis, as it does this time.
+
+        Args:
+            value: The value.
+            counts_unknown: Whether it may be because of what comes from outside, or what an operation makes that may
+                give its output the layout of its input.
+        """
         pending, seen = [value], set[int]()
         while pending:
             maker = self.graph.maker(pending.pop())
-            if maker is None or maker.index in seen or not (maker.kind == "layer" or maker.name in RULES):
+            if maker is None or not (maker.kind == "layer" or maker.name in RULES):
+                if counts_unknown:
+                    return True
+                continue
+            if maker.index in seen:
                 continue
             seen.add(maker.index)
             # A view is followed up to what it shows, all else between the BatchNorm and its layers alone.
@@ -350,8 +364,10 @@ class _Search:
             # What is made of a sequence may be laid out like that. Images stay in one of two layouts.
             is_sequence = any(len(source.shape) == 3 for source in sources)
             if maker.kind == "layer":
-                if is_odd and is_sequence and self.graph.layers[maker.owner or ""].kernel:
-                    return True
+                if is_sequence and self.graph.layers[maker.owner or ""].kernel:
+                    if is_odd:
+                        return True
+                    pending += sources
             elif (is_odd and (is_view or is_sequence)) or VIEWS.get(maker.name) == "some":
                 return True
             else:
@@ -502,15 +518,31 @@ class _Backward(_Search):
         if self._is_passed(call):
             return [(call.inputs[0], channels)]
         if call.kind == "batchnorm":
+            if self._gives_zeros(call) and channels.shift == 0.0:
+                return []  # Scaled, they are the same.
             fate = "is folded beside a layer" if call.owner in self.folded else "stays"
             raise _StaysError("behind-batchnorm", f"it normalises what the BatchNorm `{call.owner}` gave, which {fate}")
         if call.name not in RULES:
             what = "outside of any layer" if call.name in _OF_LAYERS else "which is no layer"
             raise _StaysError("no-layer", f"it normalises what {self.graph.where(call)} made, {what}")
         try:
-            return RULES[call.name].up(self.graph, call, call.outputs.index(value.index), channels)
+            asked = RULES[call.name].up(self.graph, call, call.outputs.index(value.index), channels)
         except NotTransparent as reason:
             raise _StaysError("not-transparent", f"{self.graph.where(call)} before it {reason}") from None
+        return self._shifting_no_zeros(call, asked) if call.name in _SUMS and len(asked) == 2 else asked
+
+    def _gives_zeros(self, call: Call | None) -> bool:
+        """Whether a call is that of a BatchNorm which is folded into a layer beside it."""
+        fold = self.folded.get(call.owner or "") if call is not None and call.kind == "batchnorm" else None
+        return fold is not None and fold.direction == "parallel"
+
+    def _shifting_no_zeros(self, call: Call, asked: list[tuple[int, Channels]]) -> list[tuple[int, Channels]]:
+        """Have the second term of a sum shifted where the first one will be nothing."""
+        (first, shifted), (second, unshifted) = asked
+        if not self._gives_zeros(self.graph.maker(self.graph.values[first])):
+            return asked
+        shift = shifted.shift * _sign(call, second)
+        return [(first, replace(shifted, shift=0.0)), (second, replace(unshifted, shift=shift))]
 
     def _check_quickly(self, value: Value) -> None:
         """Leave early, so that a long chain of sums is not walked again from each of its members.

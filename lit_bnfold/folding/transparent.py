@@ -438,23 +438,29 @@ def _terms(graph: ValueGraph, call: Call) -> list[int]:
     terms = [argument.value for argument in call.args if isinstance(argument, Ref)]
     if len(terms) != 2 or terms[0] == terms[1]:
         raise NotTransparent("adds something else than two different tensors")
-    if any(graph.values[index].shape != graph.values[call.outputs[0]].shape for index in terms):
-        raise NotTransparent("adds tensors of different shapes")
     return terms
 
 
 def _add_up(graph: ValueGraph, call: Call, output: int, channels: Channels) -> list[tuple[int, Channels]]:
     if adds_nothing(call):
         return [(call.inputs[0], channels)]
-    first, second = _terms(graph, call)
-    return [(first, channels), (second, replace(channels, shift=0.0))]
+    after = graph.values[call.outputs[0]].shape
+    first, second = (
+        (index, channels.with_labels(_expanded_up(channels.labels, graph.values[index].shape, after)))
+        for index in _terms(graph, call)
+    )
+    return [first, (second[0], replace(second[1], shift=0.0))]
 
 
 def _add_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list[Channels]:
     if adds_nothing(call):
         return [maps[call.inputs[0]]]
-    first, second = (maps.get(index) for index in _terms(graph, call))
-    if first is None or second is None or not torch.equal(first.labels, second.labels):
+    after = graph.values[call.outputs[0]].shape
+    first, second = (
+        index in maps and maps[index].with_labels(_expanded_down(maps[index].labels, graph.values[index].shape, after))
+        for index in _terms(graph, call)
+    )
+    if not first or not second or not torch.equal(first.labels, second.labels):
         raise NotTransparent("adds something that is not scaled in the same way")
     if second.shift and call.kwargs.get("alpha", 1) != 1:
         raise NotTransparent("adds a multiple, which may be another one next time")
@@ -604,14 +610,20 @@ def _windows_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
 
 
 def _expand_up(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    before, after = _shapes(graph, call)
+    return _expanded_up(labels, *_shapes(graph, call))
+
+
+def _expanded_up(labels: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
     new = len(after) - len(before)
     repeated = [axis for axis, size in enumerate(after) if axis < new or before[axis - new] != size]
     return _unless_mixed(labels, repeated, "repeats").reshape(labels.shape[new:])
 
 
 def _expand_down(graph: ValueGraph, call: Call, labels: Tensor) -> Tensor:
-    before, after = _shapes(graph, call)
+    return _expanded_down(labels, *_shapes(graph, call))
+
+
+def _expanded_down(labels: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
     new = len(after) - len(before)
     repeated = [axis for axis, size in enumerate(before) if after[new + axis] != size]
     return _unless_mixed(labels, repeated, "repeats").reshape([1] * new + list(labels.shape))
@@ -749,12 +761,13 @@ def _on_joined_axis(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[int,
             return call
         if RULES[call.name] is _VIEW:
             (labels, moved), (before, after) = _labels(call, maps), _shapes(graph, call)
-            if _is_between(labels, moved, before, after) or (are_joined and _joins_channels(moved, after, before)):
+            is_between = _is_between(labels, moved, before, after, are_joined)
+            if is_between or (are_joined and _joins_channels(moved, after, before)):
                 return call
             are_joined |= _joins_channels(labels, before, after)
         elif call.name == "repeat_interleave":
             are_joined |= maps[call.inputs[0]].labels.shape[call.args[2]] > 1
-        elif RULES[call.name] is _JOIN and _is_around(maps[call.outputs[0]].labels, _axis_joined(graph, call)):
+        elif RULES[call.name] is _JOIN and are_joined and _is_around(graph, call, maps):
             return call
     return None
 
@@ -782,26 +795,33 @@ def _joins_channels(labels: Tensor, before: tuple[int, ...], after: tuple[int, .
     )
 
 
-def _is_between(labels: Tensor, moved: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+def _is_between(
+    labels: Tensor, moved: Tensor, before: tuple[int, ...], after: tuple[int, ...], are_joined: bool
+) -> bool:
     """Whether one axis holds channels and others on both sides of them: 2 rows of 3 pixels fit in it, and 3 of 2 do."""
     for old, new in _corresponding_axes(before, after):
         taken, axes = (moved, new) if len(old) == 1 else (labels, old)
-        parts = itertools.chain.from_iterable(_parts(taken, axis) for axis in axes)
+        parts = itertools.chain.from_iterable(_parts(taken, axis, are_joined) for axis in axes)
         runs = [is_channels for is_channels, _ in itertools.groupby(parts)]
         if True in runs and runs.count(False) > 1:
             return True
     return False
 
 
-def _is_around(labels: Tensor, axis: int) -> bool:
-    """Whether an axis by itself holds channels and others on both sides of them."""
-    return _parts(labels, axis) == [False, True, False]
+def _is_around(graph: ValueGraph, call: Call, maps: Mapping[int, Channels]) -> bool:
+    """Whether the axis along which a call joins holds by itself channels and others on both sides of them."""
+    return _parts(maps[call.outputs[0]].labels, _axis_joined(graph, call), are_joined=True) == [False, True, False]
 
 
-def _parts(labels: Tensor, axis: int) -> list[bool]:
+def _parts(labels: Tensor, axis: int, are_joined: bool) -> list[bool]:
     """What is in an axis, from the outermost part to the innermost: channels (True), or others (False)."""
     if labels.shape[axis] == 1:
         return [False]
+    if not are_joined:
+        # It is one or the other, also where not every position is picked.
+        lines = labels.movedim(axis, -1)
+        lowest = lines.masked_fill(lines == UNTOUCHED, int(lines.max())).amin(-1)
+        return [bool((lowest < lines.amax(-1)).any())]
     row = labels.movedim(axis, -1).reshape(-1, labels.shape[axis])[0]
     runs = row[torch.cat([row.new_ones(1, dtype=torch.bool), row[1:] != row[:-1]])]
     is_outside, is_inside = len(runs) > len(runs.unique()), len(row) > len(runs)

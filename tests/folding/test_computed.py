@@ -404,3 +404,11 @@ def test_random_numbers_of_python_come_out_as_they_went_in(form: Any) -> None:
     state = random.getstate()
     assert plan_folding(model, (X,)).folds
     assert random.getstate() == state
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.orthogonal, nn.utils.parametrizations.weight_norm])
+def test_planning_does_not_disturb_a_backward_pass_that_is_pending(norm: Any) -> None:
+    model = nn.Sequential(norm(nn.Linear(3, 3)), nn.BatchNorm1d(3)).double().eval()
+    loss = model(X).sum()
+    assert plan_folding(model, (X,)).folds
+    loss.backward()

@@ -282,13 +282,48 @@ def test_two_calls_of_one_layer_in_one_sum_are_kept(judge: Judge, net: Any) -> N
     judge(net(lambda m, x: m.bn(m.fc(x) + m.fc(x.exp()))), X, kept={"bn": "two-maps"})
 
 
-def test_sum_with_a_number_or_of_other_shapes_is_kept(judge: Judge, net: Any) -> None:
+def test_sum_with_a_number_is_kept(judge: Judge, net: Any) -> None:
     judge(net(lambda m, x: m.bn(m.fc(x) + 1.0)), X, kept={"bn": "not-transparent"})
+
+
+@pytest.mark.parametrize(
+    ("function", "layers"),
+    [
+        (lambda m, x, c: m.conv(x) + m.fc(c)[:, :, None, None], ["conv", "fc"]),
+        (lambda m, x, c: m.fc(c)[..., None, None] - m.conv(x), ["fc", "conv"]),
+        (lambda m, x, c: m.conv(x) - m.fc(c[0])[:, None, None], ["conv", "fc"]),
+        (lambda m, x, c: m.conv(x).add_(m.fc(c)[:, :, None, None]), ["conv", "fc"]),
+        (lambda m, x, c: m.fc(c)[:, :, None, None] + m.conv(x).mean(3, keepdim=True), ["fc", "conv"]),
+    ],
+)
+def test_sum_of_several_shapes_folds_into_all(function: Any, layers: list[str], judge: Judge, net: Any) -> None:
+    """As where a network is told the time, or the speaker."""
+    model = net(lambda m, x, c: m.bn(function(m, x, c)), conv=nn.Conv2d(3, 4, 2), fc=nn.Linear(6, 4))
+    model.bn = nn.BatchNorm2d(4)
+    images, told = torch.randn(2, 3, 5, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    others = [(images[:1, :, :4], 3 * told[:1]), (torch.cat([images, images]), torch.cat([told, -told]))]
+    judge(model, images, told, folds={"bn": layers}, others=others)
+
+
+def test_sum_along_the_channels_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    layers = {"conv": nn.Conv2d(3, 5, 1), "mask": nn.Conv2d(3, 1, 1), "bn": nn.BatchNorm2d(5)}
+    images = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    judge(net(lambda m, x: m.bn(m.conv(x) + m.mask(x)), **layers), images, kept={"bn": "not-transparent"})
+    layers = {"conv": nn.Conv2d(3, 5, 1), "place": nn.Linear(5, 5), "bn": nn.BatchNorm2d(5)}
+    # As many channels as pixels in a row.
+    model = net(lambda m, x: m.bn(m.conv(x) + m.place(x[0, 0])), **layers)
+    judge(model, images, kept={"bn": "not-transparent"})
+
+
+def test_embeddings_of_words_and_places_are_layers_alike(judge: Judge, net: Any) -> None:
     model = net(
-        lambda m, x: m.bn(m.a(x) + m.b(x).mean(0, keepdim=True)),
-        a=nn.Linear(3, 4), b=nn.Linear(3, 4), bn=nn.BatchNorm1d(4),
-    )  # fmt: skip
-    judge(model, X, kept={"bn": "not-transparent"})
+        lambda m, x: m.bn((m.word(x) + m.place(torch.arange(x.shape[1]))).transpose(1, 2)),
+        word=nn.Embedding(9, 4),
+        place=nn.Embedding(20, 4),
+        bn=nn.BatchNorm1d(4),
+    )
+    words = torch.randint(9, (3, 7))
+    judge(model, words, folds={"bn": ["word", "place"]}, others=[(words[:2, :5],)])
 
 
 def test_concatenated_layers_take_a_slice_each(judge: Judge, net: Any) -> None:

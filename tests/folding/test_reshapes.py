@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_bnfold.folding import FoldingPlan, plan_folding
-from lit_bnfold.folding.rewrite import Contiguous
+from lit_bnfold.folding.rewrite import LaidOut, LaidOutZero
 
 Judge = Callable[..., FoldingPlan]
 X = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -36,7 +37,55 @@ def test_layout_that_others_may_rely_on_is_that_of_the_batchnorm(later: Any, jud
     model = net(lambda m, x: later(m.bn(m.fc(x).transpose(1, 2))))
     plan = judge(model, SEQUENCE, folds={"bn": ["fc"]})
     assert plan.folds[0].contiguous
-    assert type(model.bn) is Contiguous
+    assert type(model.bn) is LaidOut
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT
+
+
+def written_through_a_reshape(m: Any, x: Tensor) -> Tensor:
+    y = m.bn(x)
+    y += m.conv(x)
+    y.reshape(len(y), 3, -1)[:, 0].relu_()  # a view where the BatchNorm has laid it out in order, else a copy
+    return y
+
+
+IMAGES = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize(
+    ("function", "layers", "example"),
+    [
+        (lambda m, x: m.fc(m.bn(x).view(len(x), -1)), [nn.Linear(6, 4), nn.BatchNorm1d(2)], SEQUENCE),
+        (lambda m, x: m.fc(m.bn(x.relu()).view(len(x), -1)), [nn.Linear(6, 4), nn.BatchNorm1d(2)], SEQUENCE),
+        (lambda m, x: m.fc(m.bn(x).view(len(x), -1)), [nn.Linear(60, 4), nn.BatchNorm2d(3)], IMAGES),
+        (lambda m, x: m.bn(m.fc(x)).tanh().view(len(x), -1), [nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3)], SEQUENCE),
+    ],
+)
+def test_input_that_is_laid_out_otherwise_is_normalised_alike(
+    function: Any, layers: list[nn.Module], example: Tensor, judge: Judge, net: Any
+) -> None:
+    model = net(function, fc=layers[0], bn=layers[1])
+    others = [(2 * example[:3],), (transposed(example),), (transposed(example[:1]),)]
+    assert judge(model, example, folds={"bn": ["fc"]}, others=others).folds[0].contiguous
+
+
+def test_zeros_lie_in_memory_as_what_the_batchnorm_gave(judge: Judge, net: Any) -> None:
+    model = net(written_through_a_reshape, conv=nn.Conv2d(3, 3, 3, padding=1), bn=nn.BatchNorm2d(3))
+    last = IMAGES.contiguous(memory_format=torch.channels_last)
+    judge(model, IMAGES, folds={"bn": ["conv"]}, others=[(IMAGES,), (transposed(IMAGES),), (last,)])
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4), (2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 2, 4, 5)])
+@pytest.mark.parametrize("left", [LaidOut(), LaidOutZero()])
+def test_what_is_left_lays_out_any_input_as_the_batchnorm_does(shape: tuple[int, ...], left: nn.Module) -> None:
+    numbers = torch.zeros(shape[1]), torch.ones(shape[1])
+    for order in itertools.permutations(range(len(shape))):
+        back = [order.index(axis) for axis in range(len(shape))]
+        x = torch.randn([shape[axis] for axis in order]).permute(back)
+        for input in (x, x[:, :, 1:] if len(shape) == 3 else x[1:]):
+            assert left(input).stride() == F.batch_norm(input, *numbers).stride(), (order, input.stride())
 
 
 def test_layout_that_stays_leaves_an_identity(judge: Judge, net: Any) -> None:
