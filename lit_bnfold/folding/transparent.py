@@ -291,16 +291,17 @@ def _axis_picked(graph: ValueGraph, call: Call) -> int:
     return axis % rank
 
 
-def _positions_picked(graph: ValueGraph, call: Call, output: int) -> Tensor:
+def _positions_picked(graph: ValueGraph, call: Call) -> Sequence[Tensor]:
+    """The positions of the axis that each output takes."""
     axis = _axis_picked(graph, call)
     every = torch.arange(graph.values[call.inputs[0]].shape[axis])
     if call.name == "aten.select.int":
-        return every[call.argument(2, "index")].reshape(1)
+        return [every[call.argument(2, "index")].reshape(1)]
     if call.name == "aten.unbind.int":
-        return every[output].reshape(1)
+        return every.split(1)
     if call.name == "aten.slice.Tensor":
-        return every[slice(call.argument(2, "start"), call.argument(3, "end"), call.argument(4, "step", 1))]
-    return every.split([graph.values[index].shape[axis] for index in call.outputs])[output]
+        return [every[slice(call.argument(2, "start"), call.argument(3, "end"), call.argument(4, "step", 1))]]
+    return every.split([graph.values[index].shape[axis] for index in call.outputs])
 
 
 def _removes_axis(call: Call) -> bool:
@@ -319,20 +320,19 @@ def _pick_up(graph: ValueGraph, call: Call, output: int, channels: Channels) -> 
     if labels.shape[axis] > 1 or not _is_only_reader(graph, call, output):
         shape = list(labels.shape)
         shape[axis] = graph.values[call.inputs[0]].shape[axis]
-        positions = _positions_picked(graph, call, output)
+        positions = _positions_picked(graph, call)[output]
         source = labels.expand(*shape[:axis], len(positions), *shape[axis + 1 :])
         labels = torch.full(shape, UNTOUCHED).index_copy(axis, positions, source)
     return [(call.inputs[0], channels.with_labels(labels))]
 
 
 def _pick_down(graph: ValueGraph, call: Call, maps: dict[int, Channels]) -> list[Channels]:
-    channels, axis, picked = maps[call.inputs[0]], _axis_picked(graph, call), []
-    for output in range(len(call.outputs)):
-        labels = channels.labels
-        if labels.shape[axis] > 1:
-            labels = labels.index_select(axis, _positions_picked(graph, call, output))
-        picked.append(channels.with_labels(labels.squeeze(axis) if _removes_axis(call) else labels))
-    return picked
+    channels, axis = maps[call.inputs[0]], _axis_picked(graph, call)
+    if channels.labels.shape[axis] == 1:
+        picked = [channels.labels] * len(call.outputs)
+    else:
+        picked = [channels.labels.index_select(axis, positions) for positions in _positions_picked(graph, call)]
+    return [channels.with_labels(labels.squeeze(axis) if _removes_axis(call) else labels) for labels in picked]
 
 
 # Positions of axes without channels, picked by tensors of their numbers.
