@@ -175,6 +175,7 @@ def _add_to_class(of_class: Any) -> _Undo:
     own, is_inherited = of_class.on_load_checkpoint, "on_load_checkpoint" not in vars(of_class)
 
     def on_load_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+        _take_structure_early(self, checkpoint)
         own(self, checkpoint)
         _take_structure(self, checkpoint)
 
@@ -281,7 +282,14 @@ def take_folded(pl_module: LightningModule) -> _Undo:
     Returns:
         A function that makes it load as its class does.
     """
-    return _add_to_hook(pl_module, "on_load_checkpoint", partial(_take_structure, pl_module))
+    undo_first = _add_to_hook(pl_module, "on_load_checkpoint", partial(_take_structure_early, pl_module), first=True)
+    undo_last = _add_to_hook(pl_module, "on_load_checkpoint", partial(_take_structure, pl_module))
+
+    def undo() -> None:
+        undo_first()
+        undo_last()
+
+    return undo
 
 
 @contextmanager
@@ -421,7 +429,8 @@ class UnfaithfulError(FoldingError):
 
 def _objection_to(checkpoint: Mapping[str, Any], pl_module: LightningModule, plan: FoldingPlan) -> str | None:
     """What is in the way of loading each folded layer from a checkpoint as it is, in a sentence; None if nothing is."""
-    if _first_loss(pl_module, plan, checkpoint["state_dict"]) is None:
+    loads_itself = any(_is_overridden(pl_module, name) for name in ("on_load_checkpoint", "load_state_dict"))
+    if _first_loss(pl_module, plan, checkpoint["state_dict"]) is None and not loads_itself:
         return None
     # Perhaps the module writes under other names, and knows them when it loads.
     try:
@@ -444,6 +453,11 @@ def _objection_to(checkpoint: Mapping[str, Any], pl_module: LightningModule, pla
         f"its folded.ckpt would not hold `{lost}` as it is folded, for the module's `state_dict` or "
         "`on_save_checkpoint` leaves it out or changes it"
     )
+
+
+def _is_overridden(pl_module: LightningModule, name: str) -> bool:
+    module = getattr(type(pl_module), name).__module__
+    return module.partition(".")[0] not in ("lightning", "pytorch_lightning", "torch", "lit_bnfold")
 
 
 def _first_loss(pl_module: nn.Module, plan: FoldingPlan, state: Mapping[str, Any]) -> str | None:
@@ -471,6 +485,17 @@ def _folded_tensors(module: nn.Module, plan: FoldingPlan) -> Iterator[tuple[str,
             tensor = modules[layer]._parameters.get(key)
             if tensor is not None:
                 yield f"{layer}.{key}", tensor.detach()
+
+
+def _take_structure_early(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Fold before the module's own hook, which may load weights itself; unless that builds what is to be folded."""
+    if MANIFEST not in checkpoint or _is_being_fitted(module):
+        return
+    with suppress(FoldingError):
+        plan = FoldingPlan.from_dict(checkpoint[MANIFEST])
+        if not _is_folded(module, plan):
+            fold_structure(plan, module)
+            _remember(plan, module)
 
 
 def _take_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:

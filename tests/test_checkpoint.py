@@ -294,19 +294,21 @@ def test_with_the_callback_any_class_says_so_in_a_sentence_and_may_be_measured(
     with pytest.raises(FoldingError, match="Training cannot go on from a folded checkpoint"):
         trainer.fit(module, ckpt_path=folded_file, weights_only=True)
     assert "on_load_checkpoint" not in vars(module)
-    trainer.validate(module, ckpt_path=folded_file, weights_only=True, verbose=False)
-    assert "on_load_checkpoint" not in vars(module)
+    for _ in range(2):
+        trainer.validate(module, ckpt_path=folded_file, weights_only=True, verbose=False)
+    with pytest.raises(FoldingError, match="This module is folded, and the checkpoint is not: load it into a new"):
+        module.on_load_checkpoint({"state_dict": {}})
     torch.testing.assert_close(module.eval()(INPUTS), foreign(INPUTS), rtol=0, atol=1e-5)
 
 
 def test_a_hook_of_the_module_itself_is_called_and_stays(folded_file: Path, tmp_path: Path) -> None:
     seen: list[str] = []
     module = Foreign(5)
-    module.on_load_checkpoint = own = lambda checkpoint: seen.extend(checkpoint["hyper_parameters"])
+    module.on_load_checkpoint = lambda checkpoint: seen.extend(checkpoint["hyper_parameters"])
     trainer = quiet_trainer(tmp_path, callbacks=[BatchNormFolding()])
-    trainer.validate(module, ckpt_path=folded_file, weights_only=True, verbose=False)
-    assert seen == ["width", "depth"]
-    assert module.on_load_checkpoint is own
+    for count in (1, 2):
+        trainer.validate(module, ckpt_path=folded_file, weights_only=True, verbose=False)
+        assert seen == ["width", "depth"] * count
 
 
 def test_a_folded_checkpoint_is_not_folded_again(folded_file: Path, tmp_path: Path) -> None:

@@ -107,6 +107,34 @@ def test_to_look_whether_a_checkpoint_is_whole_changes_neither_it_nor_the_module
     assert torch.equal(saved["state_dict"]["m.net.3.bias"], module.net[3].bias)
 
 
+class LoadingItself(Tiny):
+    """Saves its network once more and loads that."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["net"] = self.net.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.net.load_state_dict(checkpoint["net"])
+
+
+def test_a_module_that_loads_its_network_itself_meets_it_folded(tmp_path: Path, randomised: Randomised) -> None:
+    folding = BatchNormFolding()
+    trainer = fitted(randomised(LoadingItself()), tmp_path, callbacks=[folding])
+    loaded, inputs = load_folded(LoadingItself, tmp_path / "folded.ckpt"), torch.randn(7, 4)
+    assert folding.folded_module is not None
+    assert torch.equal(loaded(inputs), folding.folded_module(inputs))
+    trainer.validate(module := LoadingItself(), DataLoader(examples()), ckpt_path=tmp_path / "folded.ckpt")
+    assert torch.equal(module(inputs), folding.folded_module(inputs))
+
+
+class Forgetting(Tiny):
+    """Saves its network, and begins anew wherever it is loaded."""
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        fresh = {name: torch.zeros_like(tensor) for name, tensor in state_dict.items()}
+        return super().load_state_dict(fresh, *args, **kwargs)
+
+
 class WithLock(Tiny):
     """Cannot be copied, and writes under other names."""
 
@@ -141,6 +169,7 @@ class Averaged(Tiny):
     [
         (Partly, "its folded.ckpt would not hold `encoder.0.weight` as it is folded"),
         (Halved, "its folded.ckpt would not hold `net.0.weight` as it is folded"),
+        (Forgetting, "its folded.ckpt would not hold `net.0.weight` as it is folded"),
         (Averaged, "its folded.ckpt could not be loaded again: RuntimeError: Error"),
     ],
 )
