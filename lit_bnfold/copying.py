@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -11,7 +12,7 @@ from lit_bnfold.folding.copying import copy_model, stand_in
 
 
 def eval_copy(pl_module: LightningModule, shared: Iterable[nn.Parameter], trainer: Trainer | None) -> LightningModule:
-    """A copy in eval mode, without a Trainer.
+    """A copy in eval mode, without a Trainer; what belongs to that, such as loggers and data, is shared.
 
     Args:
         pl_module: The module.
@@ -21,8 +22,14 @@ def eval_copy(pl_module: LightningModule, shared: Iterable[nn.Parameter], traine
     Raises:
         FoldingError: If it cannot be copied, such as a module with a lock.
     """
+    memo: dict[int, Any] = {id(parameter): stand_in(parameter) for parameter in shared}
+    if trainer is not None:
+        loggers: list[Any] = list(trainer.loggers)
+        experiments = [vars(logger).get("_experiment") for logger in loggers]
+        for each in (trainer, getattr(trainer, "datamodule", None), *loggers, *experiments):
+            memo[id(each)] = each
     pl_module.trainer = None
     try:
-        return copy_model(pl_module, {id(parameter): stand_in(parameter) for parameter in shared}).eval()
+        return copy_model(pl_module, memo).eval()
     finally:
         pl_module.trainer = trainer

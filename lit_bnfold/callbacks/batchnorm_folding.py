@@ -31,6 +31,7 @@ from lit_bnfold.callbacks.tolerance import default_tolerance, dtype_tolerance
 from lit_bnfold.callbacks.validation import (
     ValidationRun,
     first_training_batch,
+    module_put_back,
     run_trainers_validation,
     run_validation,
     weights_put_back,
@@ -97,7 +98,7 @@ class BatchNormFolding(Callback):
         replace: Whether the trainer's own module is the folded one afterwards.
 
     Raises:
-        TypeError: If ``reestimate_batches`` is no integer, or ``export`` is a string.
+        TypeError: If an argument is of another type, such as a string as ``export``.
         ValueError: If an argument is none of its choices.
 
     Attributes:
@@ -137,10 +138,13 @@ class BatchNormFolding(Callback):
             raise TypeError(f"reestimate_batches: expected an int, got {reestimate_batches!r}.")
         if reestimate_batches < 0:
             raise ValueError(f"reestimate_batches: expected a number of batches from 0 on, got {reestimate_batches}.")
-        if isinstance(export, str):
-            raise TypeError(f"export: expected a sequence such as ({export!r},), got the string {export!r}.")
+        if isinstance(export, str) or not isinstance(export, Sequence):
+            expected = (export,) if isinstance(export, str) else ("onnx",)
+            raise TypeError(f"export: expected a sequence such as {expected}, got {export!r}.")
+        if not isinstance(replace, bool):
+            raise TypeError(f"replace: expected a bool, got {replace!r}.")
         for kind in export:
-            if kind not in FILES:
+            if kind not in tuple(FILES):
                 raise ValueError(f"export: expected any of {tuple(FILES)}, got {kind!r}.")
         self.weights = weights
         self.tolerance = tolerance
@@ -245,7 +249,14 @@ class BatchNormFolding(Callback):
             yield
         except Exception as error:
             # Of several processes this may be the only one that fails, and the others wait for it.
-            if self.on_mismatch == "raise" or trainer.world_size > 1 or unless():
+            if unless():
+                raise
+            if self.on_mismatch == "raise" or trainer.world_size > 1:
+                if not isinstance(error, FoldingError):
+                    rank_zero_info(
+                        "This error came where BatchNormFolding validates the module by itself, while other callbacks "
+                        "and loggers are silent. With `on_mismatch='warn'` the fit ends without it."
+                    )
                 raise
             self._stages.clear()
             if not is_folded:
@@ -342,7 +353,7 @@ class BatchNormFolding(Callback):
         self._tell_failed_exports()
 
     def _directory(self, trainer: Trainer) -> Path:
-        return _local(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+        return _local(self.dirpath or _directory_of_run(trainer))
 
     def _check_dirpath(self) -> None:
         if self.dirpath is not None and _local(self.dirpath).is_file():
@@ -515,11 +526,13 @@ class BatchNormFolding(Callback):
                 return
             self._has_written = True
             tolerance = self.tolerance or dtype_tolerance(pl_module)
-            self.report["exports"] = export_files(
-                self.export, trainer, folded, calls, directory, tolerance, self._stages.begin
-            )
-            self._stages.begin("measuring how fast both versions are")
-            self.report["inference"] = measure(folded, calls)
+            # Copies share functions with the module, and a hook of the copy may be one that writes into the module.
+            with module_put_back(trainer, pl_module):
+                self.report["exports"] = export_files(
+                    self.export, trainer, folded, calls, directory, tolerance, self._stages.begin
+                )
+                self._stages.begin("measuring how fast both versions are")
+                self.report["inference"] = measure(folded, calls)
             with whole_file(page, trainer) as part:
                 if trainer.is_global_zero:
                     write_html(self.report, part)
@@ -628,6 +641,17 @@ class BatchNormFolding(Callback):
 
 def _has_batchnorms(pl_module: LightningModule) -> bool:
     return any(KINDS.batchnorm(module) for module in pl_module.modules())
+
+
+def _directory_of_run(trainer: Trainer) -> str:
+    """Where the first logger writes; of one that does not tell, where checkpoints of its run would go."""
+    logger = trainer.logger
+    if logger is None or getattr(logger, "log_dir", None) is not None or logger.save_dir is None:
+        return str(trainer.log_dir or trainer.default_root_dir)
+    # All processes have to agree on it, and the version may hold the time.
+    version = trainer.strategy.broadcast(logger.version)
+    parts = [str(logger.name), version if isinstance(version, str) else f"version_{version}"]
+    return str(Path(logger.save_dir, *parts))
 
 
 def _local(directory: str | Path) -> Path:

@@ -6,6 +6,7 @@ the folded module; only then it gets its name. All of that happens on the CPU, w
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import re
@@ -329,7 +330,11 @@ def _output_names(module: torch.nn.Module, call: ExampleCall) -> list[str]:
     """A name for each output: that of its place in what ``forward`` returns."""
     leaves, _ = pytree.tree_flatten_with_path(_run(module, call))
     places = [re.sub(r"\W+", "_", pytree.keystr(path)).strip("_") for path, leaf in leaves if isinstance(leaf, Tensor)]
-    return ["output" if not place else f"output_{place}" if place.isdigit() else place for place in places]
+    # A graph has each name once, and those of its inputs are the arguments' own.
+    taken = {*call.kwargs, *inspect.signature(module.forward).parameters}
+    return [
+        "output" if not place else f"output_{place}" if place.isdigit() or place in taken else place for place in places
+    ]
 
 
 def _run_onnx(part: Path, calls: list[ExampleCall]) -> list[list[Tensor]]:

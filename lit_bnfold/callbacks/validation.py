@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from collections import OrderedDict, defaultdict, deque
@@ -18,6 +19,7 @@ from functools import partial, singledispatch
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy
 import torch
@@ -42,8 +44,8 @@ from lit_bnfold.folding import FoldingError
 from lit_bnfold.folding.tensors import WITHOUT_TENSORS
 
 _GENERATORS = (torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState)
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
-_OPENED = (nn.Module, dict, list, tuple, deque, set, *_GENERATORS)
+_CONTAINERS = (dict, list, deque, set)
+_OPENED = (nn.Module, *_CONTAINERS, tuple, *_GENERATORS)
 _MOST_PARTS = 10_000
 _HOOKS = tuple(name for name in dir(Callback) if name.startswith("on_"))
 # Where loaders, their datasets and those in turn keep what may draw random numbers.
@@ -311,6 +313,7 @@ def _no_trace(
         stack.enter_context(_put_back(_trainer_parts(trainer, loop)))
         stack.enter_context(module_put_back(trainer, pl_module))
         for logger in trainer.loggers:
+            _mute_what_is_kept_of(logger, pl_module)
             stack.enter_context(_muted_logger(logger))
         for callback in others:
             stack.enter_context(_muted_callback(callback))
@@ -334,22 +337,28 @@ def _drop_iterators(loop: Any) -> None:
 
 def _trainer_parts(trainer: Trainer, loop: Any) -> Iterator[object]:
     """Yield the state outside the module that a run of ``loop``, or user code in it, may change."""
-    owners = [
-        trainer,
-        trainer.state,
-        trainer._logger_connector,
-        loop,
-        *_loader_parts(loop),
-        *(config.scheduler for config in trainer.lr_scheduler_configs),
-        getattr(trainer, "datamodule", None),
-    ]
-    for owner in (owner for owner in owners if owner is not None):
+    datamodule = getattr(trainer, "datamodule", None)
+    owners = [trainer, trainer.state, trainer._logger_connector, loop, *_loader_parts(loop)]
+    # A hook of the module may draw from the training data.
+    loops = [] if trainer.fit_loop._combined_loader is None else [trainer.fit_loop]
+    owners += [part for each in loops for part in _loader_parts(each)]
+    owners += _schedulers_in([config.scheduler for config in trainer.lr_scheduler_configs])
+    owners += [] if datamodule is None else [datamodule]
+    for owner in owners:
         yield vars(owner)
         yield from (value for value in vars(owner).values() if isinstance(value, _GENERATORS))
+    for part in () if datamodule is None else vars(datamodule).values():
+        if isinstance(part, _CONTAINERS) and len(part) <= _MOST_PARTS:
+            yield part
     for optimizer in trainer.optimizers:
         yield from optimizer.param_groups
         yield optimizer.state
         yield from (state for state in optimizer.state.values() if isinstance(state, dict))
+
+
+def _schedulers_in(schedulers: Sequence[Any]) -> list[Any]:
+    """List schedulers of the learning rate and those that they are made of, such as one after the other."""
+    return [*schedulers, *(inner for each in schedulers for inner in _schedulers_in(getattr(each, "_schedulers", ())))]
 
 
 def _loader_parts(loop: Any) -> list[object]:
@@ -391,7 +400,7 @@ def _module_parts(trainer: Trainer, pl_module: LightningModule) -> Iterator[obje
         elif isinstance(part, _GENERATORS):
             yield part
         else:
-            if type(part) in _CONTAINERS:
+            if isinstance(part, _CONTAINERS):
                 yield part
             if len(part) > _MOST_PARTS:  # That is data.
                 continue
@@ -454,12 +463,14 @@ def _undo(part: Any) -> Callable[[], object]:
 @_undo.register(dict)
 def _(part: dict[Any, Any]) -> Callable[[], object]:
     before = list(part.items())
+    # The methods of the kind itself, here and below: that of a Counter counts on.
+    kind: Any = OrderedDict if isinstance(part, OrderedDict) else dict
 
     def put_back() -> None:
         # An emptied dict is filled again in its old order, but only when it has to be.
         if [id(key) for key in part] != [id(key) for key, _ in before]:
-            part.clear()
-        part.update(before)
+            kind.clear(part)
+        kind.update(part, before)
 
     return put_back
 
@@ -469,10 +480,12 @@ def _(part: dict[Any, Any]) -> Callable[[], object]:
 @_undo.register(set)
 def _(part: list[Any] | deque[Any] | set[Any]) -> Callable[[], object]:
     before = list(part)
+    kind: Any = next(kind for kind in _CONTAINERS if isinstance(part, kind))
 
     def put_back() -> None:
-        part.clear()
-        (part.update if isinstance(part, set) else part.extend)(before)
+        kind.clear(part)
+        fill: Any = kind.update if kind is set else kind.extend
+        fill(part, before)
 
     return put_back
 
@@ -569,24 +582,27 @@ class _MutedExperiment(_DummyExperiment):
         own = getattr(self._loud, "experiment", None)
         experiment = own.__get__(self._logger) if isinstance(own, property) else vars(self._logger).get("experiment")
         told = getattr(experiment, name)
+        if isinstance(told, (Mapping, list)):  # What is written into it vanishes with the copy.
+            return copy.copy(told)
         is_answer = type(told) in WITHOUT_TENSORS or isinstance(told, Path) or name.startswith("get_")
-        return told if is_answer else _Anything()
+        return told if is_answer else MagicMock()
 
     def __getitem__(self, key: Any) -> Any:
-        return _Anything()
+        return MagicMock()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """That of the experiment, for whoever asks with ``isinstance``."""
+        experiment = vars(self._logger).get("_experiment")
+        return type(self) if experiment is None else type(experiment)
 
 
-class _Anything(_DummyExperiment):
-    """Stands in for whatever belongs to an experiment: it can be called, asked for items and given some."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _Anything:
-        return self
-
-    def __getattr__(self, name: str) -> _Anything:
-        return self
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
+def _mute_what_is_kept_of(logger: Logger, pl_module: LightningModule) -> None:
+    """Mute the experiment of a logger where a module keeps it as an attribute, which is put back with all others."""
+    experiment = vars(logger).get("_experiment")
+    for name, value in list(vars(pl_module).items()):
+        if value is experiment is not None:
+            vars(pl_module)[name] = _MutedExperiment(logger, type(logger))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ Obstacle = tuple[str, str]
 
 
 RETURNED = "is returned by the model"
+GIVEN = "is given to code outside of any module, as where a step calls `self.forward(x)` and not `self(x)`"
 
 IN_PLACE_SUMS = ("aten.add_.Tensor", "aten.sub_.Tensor")
 

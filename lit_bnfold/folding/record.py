@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from lit_bnfold.folding.census import Census, names_around
-from lit_bnfold.folding.graph import RETURNED, BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph
+from lit_bnfold.folding.graph import GIVEN, RETURNED, BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph
 from lit_bnfold.folding.kinds import (
     KIND_OF_FUNCTION,
     KINDS,
@@ -311,9 +311,11 @@ class Recorder:
             self._note_blind_spot(module)
         self.running.pop()
         if len(self.running) == 1:
+            # Whoever calls a layer by itself may do so elsewhere, and read there what it makes.
+            fate = GIVEN if self._census.names[module] else RETURNED
             with self.looking_away:
                 for tensor in tensors_in(output):
-                    self._ledger.value(tensor).fate = RETURNED
+                    self._ledger.value(tensor).fate = fate
         return output if self._evens else None
 
     def _is_seen(self, running: _Running) -> bool:

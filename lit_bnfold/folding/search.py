@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from lit_bnfold.folding.graph import IN_PLACE_SUMS, RETURNED, Call, Layer, Obstacle, Ref, Value, ValueGraph
+from lit_bnfold.folding.graph import GIVEN, IN_PLACE_SUMS, RETURNED, Call, Layer, Obstacle, Ref, Value, ValueGraph
 from lit_bnfold.folding.plan import Fold, FoldingPlan, Kept, Part
 from lit_bnfold.folding.transparent import (
     RULES,
@@ -238,8 +238,8 @@ class _Search:
                 raise _StaysError(
                     "parameter-read", f"{self._named(parameter)} is also read by {self.graph.where(call)}"
                 )
-        if parameter.fate == RETURNED:
-            raise _StaysError("kept-alive", f"{self._named(parameter)} {RETURNED}")
+        if parameter.fate in (RETURNED, GIVEN):
+            raise _StaysError("kept-alive", f"{self._named(parameter)} {parameter.fate}")
         self._check_memory(parameter, self._named(parameter))
 
     def _check_computed(self, name: str, layer: Layer) -> None:

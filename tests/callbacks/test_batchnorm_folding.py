@@ -692,6 +692,8 @@ def test_replacing_with_the_best_weights_leaves_these_in_the_module(tmp_path: Pa
     trainer.validate(module, loader(), verbose=False)
     best = float(trainer.checkpoint_callback.best_model_score)
     assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(best, abs=1e-5)
+    with pytest.raises(FoldingError, match="This module is folded, and the checkpoint is not: load it into a new"):
+        trainer.validate(module, loader(), ckpt_path="best", verbose=False)
 
 
 def test_without_a_best_checkpoint_the_last_weights_are_folded_and_it_says_so(tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ def test_a_module_that_cannot_be_copied_is_not_exported(tmp_path: Path, randomis
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ("onnx", TypeError, r"export: expected a sequence such as \('onnx',\), got the string 'onnx'"),
+        ("onnx", TypeError, r"export: expected a sequence such as \('onnx',\), got 'onnx'"),
         (["torchscript"], ValueError, r"export: expected any of \('onnx', 'torch_export'\), got 'torchscript'"),
     ],
 )

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.serialization import save as save_as_imported
@@ -588,3 +592,187 @@ def test_a_place_on_another_machine_is_refused_before_training(tmp_path: Path) -
 def test_a_directory_may_be_given_as_a_url(tmp_path: Path, randomised: Randomised) -> None:
     fitted(randomised(Tiny()), tmp_path, callbacks=[BatchNormFolding(dirpath=f"file://{tmp_path}/here")])
     assert (tmp_path / "here" / "folded.ckpt").is_file()
+
+
+# What else there is beside parameters ----------------------------------------------------------------------------------
+
+
+class Counting(Tiny):
+    """Counts what it does, in containers of many kinds, and in hooks that its copies share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters({"validated": 0})
+        self.counts, self.seen = Counter[str](), Recent()
+        self.outputs: list[Tensor] = []
+        self.net[2].register_forward_hook(lambda module, inputs, output: self.outputs.append(output.detach()))
+
+    def on_validation_epoch_start(self) -> None:
+        self.outputs.clear()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.counts["validated"] += 1
+        self.seen.append(batch_idx)
+        self.hparams["validated"] += 1
+        self.trainer.datamodule.seen.append(batch_idx)
+        return super().validation_step(batch, batch_idx)
+
+    def state(self) -> Any:
+        sizes = [len(output) for output in self.outputs]
+        return dict(self.counts), list(self.seen), dict(self.hparams), list(self.trainer.datamodule.seen), sizes
+
+
+class Recent(list):  # type: ignore[type-arg]
+    """Keeps the last three alone."""
+
+    def append(self, item: Any) -> None:
+        super().append(item)
+        del self[:-3]
+
+    def extend(self, items: Any) -> None:
+        raise NotImplementedError
+
+
+class Data(LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(examples(), batch_size=8)
+
+    val_dataloader = train_dataloader
+
+
+def test_counters_of_any_kind_are_put_back(tmp_path: Path, randomised: Randomised) -> None:
+    states = []
+    for callbacks in ([], [BatchNormFolding()]):
+        torch.manual_seed(1)
+        module, trainer = randomised(Counting()), quiet_trainer(tmp_path, callbacks=callbacks)
+        trainer.fit(module, datamodule=Data())
+        states.append(module.state())
+    assert states[0] == states[1]
+
+
+class InTurn(Tiny):
+    """Has two schedules, one after the other, which it moves in its validation."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        parts = [torch.optim.lr_scheduler.ConstantLR(optimizer), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+        return [optimizer], [torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [1])]
+
+    def on_validation_epoch_end(self) -> None:
+        self.lr_schedulers().step()
+
+
+def test_schedules_inside_of_others_are_put_back(tmp_path: Path) -> None:
+    states = []
+    for callbacks in ([], [BatchNormFolding()]):
+        trainer = fitted(InTurn(), tmp_path, callbacks=callbacks)
+        states.append(str(trainer.lr_scheduler_configs[0].scheduler.state_dict()))
+    assert states[0] == states[1]
+
+
+class KeepingTheWriter(Tiny):
+    def on_fit_start(self) -> None:
+        self.writer = self.logger.experiment
+
+    def on_validation_epoch_end(self) -> None:
+        self.writer.add_scalar("mine", 1.0, self.global_step)
+
+
+def test_a_writer_that_is_kept_as_an_attribute_is_silent_and_no_part_of_the_copy(tmp_path: Path) -> None:
+    folding, logger = BatchNormFolding(), TensorBoardLogger(tmp_path)
+    module = KeepingTheWriter()
+    fitted(module, tmp_path, callbacks=[folding], logger=logger, num_sanity_val_steps=0)
+    assert module.writer is logger.experiment
+    assert folding.folded_module is not None
+    assert folding.folded_module.writer is logger.experiment
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert len(events.Scalars("mine")) == 2
+
+
+class AskingARun(Tiny):
+    """Asks the run of its logger for all kinds of things."""
+
+    def on_validation_epoch_end(self) -> None:
+        run = self.logger.experiment
+        assert isinstance(run, Run)
+        with run.validate():
+            if run.summary.get("best", 9.0) > 0.5 * run.config["weight"]:
+                run.summary["best"] = 0.0
+            run.log({"product": 2.0 * run.config["weight"], "history": len(run.history)})
+
+
+class Run:
+    """Such as those of the services that keep experiments."""
+
+    def __init__(self) -> None:
+        self.summary: dict[str, float] = {}
+        self.config, self.history = {"weight": 1.0}, [1, 2]
+        self.logged: list[Any] = []
+
+    def validate(self) -> Any:
+        return nullcontext()
+
+    def log(self, values: Any) -> None:
+        self.logged.append(values)
+
+
+class ServiceLogger(Logger):
+    def __init__(self, save_dir: Path) -> None:
+        super().__init__()
+        self._experiment, self._save_dir = Run(), save_dir
+
+    name, version = "project", "run"
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._save_dir)
+
+    @property
+    def experiment(self) -> Run:
+        return self._experiment
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        pass
+
+    def log_hyperparams(self, params: Any) -> None:
+        pass
+
+
+def test_a_run_is_asked_and_told_nothing_and_its_directory_is_that_of_its_checkpoints(tmp_path: Path) -> None:
+    logger = ServiceLogger(tmp_path)
+    fitted(AskingARun(), tmp_path, callbacks=[BatchNormFolding()], logger=logger, num_sanity_val_steps=0)
+    assert len(logger.experiment.logged) == 2
+    assert files_in(tmp_path / "project" / "run") == {"folded.ckpt", "folding.html", "folding.json"}
+
+
+# Steps that call layers themselves ------------------------------------------------------------------------------------
+
+
+class Stepping(Tiny):
+    """Has its layers called by its steps, past ``__call__``; others may want to read what they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        del self.net
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(inputs)).relu())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", F.cross_entropy(self.forward(batch[0]), batch[1]))
+
+
+def test_layers_that_a_step_calls_itself_stay_and_it_says_how_to_fold_them(
+    tmp_path: Path, randomised: Randomised
+) -> None:
+    folding = BatchNormFolding()
+    fitted(randomised(Stepping()), tmp_path, callbacks=[folding])
+    assert folding.plan is not None
+    [kept] = folding.plan.kept
+    assert kept.code == "kept-alive"
+    assert "is given to code outside of any module, as where a step calls `self.forward(x)` and not" in kept.reason

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lit_bnfold.folding import FoldingError, plan_folding
 from lit_bnfold.folding.record import Recorder
+from lit_bnfold.folding.search import make_plan
 from lit_bnfold.folding.tensors import tensors_in
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
@@ -331,3 +332,12 @@ def test_call_of_a_module_whose_hash_changes_in_it_ends_all_the_same(net: Any) -
     parents = {frame.module: frame.parent and graph.frames[frame.parent].module for frame in graph.frames}
     assert parents["metric"] == parents["fc"] == ""
     assert [value.fate for value in graph.values][-1] == "is returned by the model"
+
+
+def test_parameter_that_a_part_of_the_model_gives_to_whoever_calls_it_keeps_the_batchnorm(net: Any) -> None:
+    block = net(lambda m, x: (m.bn(m.fc(x)), m.fc.weight))
+    model = net(lambda m, x: m.block(x)[0], block=block).eval()
+    assert [fold.batchnorm for fold in plan_folding(model, (X,)).folds] == ["block.bn"]
+    with torch.no_grad(), Recorder(model) as recorder:
+        model.block(X)
+    assert [kept.code for kept in make_plan(recorder.graph).kept] == ["kept-alive"]
