@@ -86,7 +86,7 @@ _HELP = {
     "any code. A file must not hold more. By default `true`.",
 }
 
-# They would look for a training's directory, and tell that it is another one.
+# Without a training they would warn that the directory of its checkpoints is another one.
 _TRAINING_CALLBACKS = (Checkpoint, *_MONITORS)
 
 

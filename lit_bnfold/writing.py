@@ -1,4 +1,4 @@
-"""Files are written whole: under its own name each is always one that was finished."""
+"""Files are written whole: each gets its name when it is complete."""
 
 from __future__ import annotations
 

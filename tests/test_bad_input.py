@@ -602,7 +602,7 @@ def test_any_manifest_is_a_plan_or_refused_with_the_place(count: int) -> None:
             plan = FoldingPlan.from_dict(given)
         except FoldingError as error:
             assert re.match(
-                r"Expected a folding plan of version 1 to 2, got version .*; .*\.$|"
+                r"Expected a folding plan of version 1 to 2, got .*; .*\.$|"
                 r"Expected a dict as `FoldingPlan.to_dict` gives it; (the plan|folds|kept)[\w.\[\]]*: expected .*, fou",
                 str(error),
                 flags=re.DOTALL,

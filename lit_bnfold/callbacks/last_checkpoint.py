@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_bnfold.callbacks.monitor import check_every_n_steps
 from lit_bnfold.callbacks.validation import validation_follows
 from lit_bnfold.writing import whole_file
 
@@ -29,15 +30,15 @@ class LastCheckpoint(Checkpoint):
         every_n_train_steps: Optimizer steps between two saves.
 
     Raises:
-        ValueError: If that is below 1.
+        TypeError: If that is no int.
+        ValueError: If it is below 1.
 
     Attributes:
         last_model_path: The file, empty before the first save.
     """
 
     def __init__(self, every_n_train_steps: int = 1_000) -> None:
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps: expected at least 1, got {every_n_train_steps}.")
+        check_every_n_steps(every_n_train_steps, "every_n_train_steps")
         self.every_n_train_steps = every_n_train_steps
         self.last_model_path = ""
         self._saved_step = -1

@@ -64,17 +64,21 @@ def steps_to_written(trainer: Trainer, step: int, every_n_steps: int | None = No
     return -(step + 1) % every if every else 1
 
 
-def check_every_n_steps(every_n_steps: int) -> None:
+def check_every_n_steps(every_n_steps: int, name: str = "every_n_steps") -> None:
     """Refuse what is no number of steps.
+
+    Args:
+        every_n_steps: The number.
+        name: Name of the argument.
 
     Raises:
         TypeError: If it is no int.
         ValueError: If it is below 1.
     """
     if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool):
-        raise TypeError(f"every_n_steps: expected an int, got {every_n_steps!r}; pass a number of steps.")
+        raise TypeError(f"{name}: expected an int, got {every_n_steps!r}; pass a number of steps.")
     if every_n_steps < 1:
-        raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}; pass a number of steps.")
+        raise ValueError(f"{name}: expected at least 1, got {every_n_steps}; pass a number of steps.")
 
 
 class Monitor(Callback):

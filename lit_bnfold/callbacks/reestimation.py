@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from lit_bnfold.callbacks.validation import run_training_steps
 from lit_bnfold.folding import FoldingError
-from lit_bnfold.folding.operations import RECURRENT, argument
+from lit_bnfold.folding.graph import argument
+from lit_bnfold.folding.operations import RECURRENT
 from lit_bnfold.layer_sync import SynchronisedBatchNorm
 
 _SYNCHRONISED = (nn.SyncBatchNorm, SynchronisedBatchNorm)

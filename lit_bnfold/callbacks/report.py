@@ -80,7 +80,11 @@ def make_report(
     report["mismatch"] = _mismatch(report, [run.batches for run in runs if run]) or objection
     report["best_score"] = _best_score(report, best)
     original, folded = report["validation"]["original"], report["validation"]["folded"]
-    report["moved"] = [key for key in original if _has_moved(original[key], folded.get(key, math.nan), tolerance)]
+    report["moved"] = [
+        key
+        for key in dict.fromkeys((*original, *folded))
+        if _has_moved(original.get(key, math.nan), folded.get(key, math.nan), tolerance)
+    ]
     return report
 
 
@@ -255,8 +259,8 @@ def _numbers_table(report: Report, style: Mapping[str, Any]) -> Table:
 
     before = {} if reestimated is None else reestimated["before"]
     original, folded = report["validation"]["original"], report["validation"]["folded"]
-    for key, value in original.items():
-        earlier, other = before.get(key, math.nan), folded.get(key, math.nan)
+    for key in dict.fromkeys((*original, *folded)):
+        earlier, value, other = (metrics.get(key, math.nan) for metrics in (before, original, folded))
         add_row(key, f"{earlier:.6f}", f"{value:.6f}", f"{other:.6f}", f"{other - value:+.1e}")
     if report["output_error"] is not None:
         add_row("largest output error", "", "", "", f"{report['output_error']['max_abs']:.1e}")

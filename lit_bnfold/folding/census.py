@@ -238,9 +238,12 @@ class Census:
         if is_short or not own.issuperset(used) or not isinstance(numbers.eps, (int, float)):
             return "computed-weight", "its weight or its statistics are computed anew at every call"
         if "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__:
-            return "own-forward", "it is called in a way of its own, which would not notice that its class has changed"
+            return "own-forward", "its `forward` or its `__call__` is replaced, and would go on normalising"
         if any(vars(base).get("__slots__") for base in type(module).__mro__):
-            return "own-forward", f"its class {type(module).__name__} has slots, and what remains of it has none"
+            return (
+                "own-forward",
+                f"its class {type(module).__name__} has `__slots__`, and nothing can take its place",
+            )
         if any(part in self.batchnorm_kinds for part in module.modules() if part is not module):
             return "own-forward", f"its class {type(module).__name__} holds other BatchNorms"
         if any(tensor.is_meta for tensor in used):

@@ -92,6 +92,19 @@ class Ref:
     value: int
 
 
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, default: Any = None) -> Any:
+    """An argument of a call.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        place: Its place among the positional ones.
+        name: Its name.
+        default: What it is if it was not given.
+    """
+    return args[place] if place < len(args) else kwargs.get(name, default)
+
+
 @dataclass(slots=True)
 class Call:
     """One operation of the run.
@@ -131,7 +144,7 @@ class Call:
             name: Its name.
             default: What it is if it was not given.
         """
-        return self.args[place] if place < len(self.args) else self.kwargs.get(name, default)
+        return argument(self.args, self.kwargs, place, name, default)
 
 
 @dataclass(frozen=True, slots=True)

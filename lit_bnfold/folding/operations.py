@@ -88,19 +88,6 @@ _RESHAPING = {torch.reshape, Tensor.reshape}
 _INTERLEAVING = {torch.repeat_interleave, Tensor.repeat_interleave}
 
 
-def argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, default: Any = None) -> Any:
-    """An argument of a call.
-
-    Args:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        place: Its place among the positional ones.
-        name: Its name.
-        default: What it is if it was not given.
-    """
-    return args[place] if place < len(args) else kwargs.get(name, default)
-
-
 def is_foreign(function: Callable[..., Any]) -> bool:
     """Whether a function that takes part in torch's function protocol was written elsewhere, in Python.
 

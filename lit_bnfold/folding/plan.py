@@ -229,16 +229,16 @@ def _checksum(plan: dict[str, Any]) -> str:
 
 
 def _fold_to_dict(fold: Fold) -> dict[str, Any]:
-    return _without_news(asdict(fold) | {"parts": [_part_to_dict(part) for part in fold.parts]})
+    return _without_new_fields(asdict(fold) | {"parts": [_part_to_dict(part) for part in fold.parts]})
 
 
 def _part_to_dict(part: Part) -> dict[str, Any]:
-    return _without_news(asdict(part) | {"channels": None if part.channels is None else list(part.channels)})
+    return _without_new_fields(asdict(part) | {"channels": None if part.channels is None else list(part.channels)})
 
 
-def _without_news(given: dict[str, Any]) -> dict[str, Any]:
+def _without_new_fields(given: dict[str, Any]) -> dict[str, Any]:
     """Leave out what earlier releases do not know where it says nothing, so that they can take the plan."""
-    return {key: value for key, value in given.items() if value or key not in _NEWS}
+    return {key: value for key, value in given.items() if value or key not in _NEW_FIELDS}
 
 
 # What a plan looks like as plain data: the types of each field. What has a default can be left out, as plans of older
@@ -265,8 +265,8 @@ _PART: _Schema = {
     "residual": _NUMBER,
 }
 _KEPT: _Schema = {"batchnorm": (str,), "reason": (str,), "code": (str,)}
-_NEWS = {"residual": 0.0, "written": False, "contiguous": False}
-_DEFAULTS = {"note": None, "eps": None, "baked": False, "function": None} | _NEWS
+_NEW_FIELDS = {"residual": 0.0, "written": False, "contiguous": False}
+_DEFAULTS = {"note": None, "eps": None, "baked": False, "function": None} | _NEW_FIELDS
 
 
 def _fields(given: Any, schema: _Schema, place: str) -> dict[str, Any]:

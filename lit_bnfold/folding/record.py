@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from lit_bnfold.folding.census import Census, names_around
-from lit_bnfold.folding.graph import GIVEN, RETURNED, BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph
+from lit_bnfold.folding.graph import GIVEN, RETURNED, BatchNorm, Call, Frame, Layer, Ref, Value, ValueGraph, argument
 from lit_bnfold.folding.kinds import (
     KIND_OF_FUNCTION,
     KINDS,
@@ -40,7 +40,6 @@ from lit_bnfold.folding.kinds import (
 from lit_bnfold.folding.ledger import Ledger
 from lit_bnfold.folding.operations import (
     RECURRENT,
-    argument,
     asked_of_reshape,
     has_mask,
     is_arithmetic,

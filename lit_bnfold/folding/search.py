@@ -623,7 +623,7 @@ class _Forward(_Search):
             raise _StaysError(
                 "no-layer", f"{self._named(first)} is read by {self.graph.where(call)}, which is no layer"
             )
-        if torch.finfo(first.dtype).eps < _eps_of(self.graph.values[call.outputs[0]].dtype):
+        if torch.finfo(first.dtype).eps < _spacing_of(self.graph.values[call.outputs[0]].dtype):
             reason = "rounds to a narrower dtype, which may hold what is normalised and not what was before"
             raise _StaysError("not-transparent", f"{self.graph.where(call)} after it {reason}")
         try:
@@ -736,7 +736,7 @@ class _Residual(_Search):
         return replace(part, residual=self._residuals[name])
 
 
-def _eps_of(dtype: torch.dtype) -> float:
+def _spacing_of(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 

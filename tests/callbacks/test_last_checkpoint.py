@@ -121,6 +121,9 @@ def test_a_fit_that_goes_on_elsewhere_saves_where_it_begins(tmp_path: Path) -> N
 def test_no_steps_between_two_saves_are_refused() -> None:
     with pytest.raises(ValueError, match="every_n_train_steps: expected at least 1, got 0"):
         LastCheckpoint(every_n_train_steps=0)
+    for given in (2.5, True, "5"):
+        with pytest.raises(TypeError, match="every_n_train_steps: expected an int, got "):
+            LastCheckpoint(every_n_train_steps=given)  # type: ignore[arg-type]
 
 
 def test_a_step_that_is_validated_is_saved_when_that_is_done(tmp_path: Path) -> None:

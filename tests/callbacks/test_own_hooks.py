@@ -594,7 +594,7 @@ def test_a_directory_may_be_given_as_a_url(tmp_path: Path, randomised: Randomise
     assert (tmp_path / "here" / "folded.ckpt").is_file()
 
 
-# What else there is beside parameters ----------------------------------------------------------------------------------
+# What else there is beside parameters ---------------------------------------------------------------------------------
 
 
 class Counting(Tiny):
