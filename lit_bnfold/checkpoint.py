@@ -211,7 +211,7 @@ def save_folded(
         UnfaithfulError: If what the module writes leads to another one when it is loaded; then nothing is written.
         OSError: If the file cannot be written.
     """
-    objection: str | None = None
+    objection: UnfaithfulError | None = None
 
     def add(checkpoint: dict[str, Any]) -> None:
         nonlocal objection
@@ -227,7 +227,7 @@ def save_folded(
             # All processes raise, or none: they meet where the file is written.
             objection = trainer.strategy.broadcast(objection)
             if objection is not None:
-                raise UnfaithfulError(objection)
+                raise objection
     finally:
         undo()
 
@@ -424,11 +424,22 @@ def _add_manifest(plan: FoldingPlan, checkpoint: dict[str, Any]) -> None:
 
 
 class UnfaithfulError(FoldingError):
-    """A module writes checkpoints from which another one is loaded."""
+    """A module writes checkpoints from which another one is loaded.
+
+    Args:
+        message: What is wrong, in a sentence.
+        left_out: Names of the layers that took a BatchNorm and are not in the checkpoint, such as a frozen teacher.
+    """
+
+    def __init__(self, message: str, left_out: Collection[str] = ()) -> None:
+        super().__init__(message)
+        self.left_out = frozenset(left_out)
 
 
-def _objection_to(checkpoint: Mapping[str, Any], pl_module: LightningModule, plan: FoldingPlan) -> str | None:
-    """What is in the way of loading each folded layer from a checkpoint as it is, in a sentence; None if nothing is."""
+def _objection_to(
+    checkpoint: Mapping[str, Any], pl_module: LightningModule, plan: FoldingPlan
+) -> UnfaithfulError | None:
+    """What is in the way of loading each folded layer from a checkpoint as it is; None if nothing is."""
     loads_itself = any(_is_overridden(pl_module, name) for name in ("on_load_checkpoint", "load_state_dict"))
     if _first_loss(pl_module, plan, checkpoint["state_dict"]) is None and not loads_itself:
         return None
@@ -445,13 +456,14 @@ def _objection_to(checkpoint: Mapping[str, Any], pl_module: LightningModule, pla
         copied.on_load_checkpoint(loaded)
         copied.load_state_dict(loaded["state_dict"], strict=copied.strict_loading)
     except Exception as error:
-        return f"its folded.ckpt could not be loaded again: {named(error)}"
+        return UnfaithfulError(f"its folded.ckpt could not be loaded again: {named(error)}")
     lost = _first_loss(pl_module, plan, dict(_folded_tensors(copied, plan)))
     if lost is None:
         return None
-    return (
+    return UnfaithfulError(
         f"its folded.ckpt would not hold `{lost}` as it is folded, for the module's `state_dict` or "
-        "`on_save_checkpoint` leaves it out or changes it"
+        "`on_save_checkpoint` leaves it out or changes it",
+        {name.rpartition(".")[0] for name, tensor in _folded_tensors(copied, plan) if tensor.isnan().all()},
     )
 
 

@@ -48,7 +48,7 @@ from lit_bnfold.checkpoint import (
 )
 from lit_bnfold.copying import eval_copy
 from lit_bnfold.folding import FoldingError, FoldingPlan
-from lit_bnfold.folding.graph import named
+from lit_bnfold.folding.graph import Obstacle, named
 from lit_bnfold.folding.kinds import KINDS
 from lit_bnfold.folding.rewrite import folded_in_place
 from lit_bnfold.folding.tensors import address_of
@@ -200,7 +200,7 @@ class BatchNormFolding(Callback):
         self._end_taking_folded()
         self._resumed = trainer.ckpt_path
         self._found_best = best_of(trainer)
-        if not _has_batchnorms(pl_module):
+        if not _names_of_batchnorms(pl_module):
             rank_zero_warn(f"BatchNormFolding has nothing to fold: {type(pl_module).__name__} has no BatchNorm.")
         elif trainer.strategy.root_device.type == "mps":
             rank_zero_warn(
@@ -387,14 +387,18 @@ class BatchNormFolding(Callback):
         best: tuple[str, float] | None = None,
         *,
         lends: bool = True,
+        unsaved: frozenset[str] = frozenset(),
     ) -> None:
-        """The order of events: validate and watch, plan, fold, validate again, compare, write."""
+        """The order of events: validate and watch, plan, fold, validate again, compare, write.
+
+        A BatchNorm stays if it is one of the ``unsaved`` ones, whose layers the module leaves out of its checkpoints.
+        """
         # A checkpoint that this training went on from may have brought the report of an earlier one.
         self.report, self._has_written = None, False
         try:
             original, before = self._watch_original(trainer, pl_module, validate, lends=lends)
         except _NothingToProveOnError as error:
-            if not _has_batchnorms(pl_module):
+            if not _names_of_batchnorms(pl_module):
                 return  # As was said when training began.
             if self.on_mismatch == "raise":
                 raise
@@ -402,6 +406,7 @@ class BatchNormFolding(Callback):
             return
         self._stages.begin("trying out what can be folded")
         plan = _in_all_processes(trainer, original.plan(), pl_module)
+        plan = plan.keeping(*_not_saved(), _names_of_batchnorms(pl_module), unsaved)
         folded = LayerWitness(pl_module, plan, self.tolerance)
         trained = {address_of(parameter) for parameter in pl_module.parameters()}
         self._stages.begin(f"validating with {len(plan.folds)} of {len(plan.folds) + len(plan.kept)} folded")
@@ -424,12 +429,18 @@ class BatchNormFolding(Callback):
                 best=best,
             )
             self.report["mismatch"] = _in_any_process(trainer, self.report["mismatch"])
+            left_out: Collection[str] = ()
             if self.report["mismatch"] is None:
                 measure = partial(measure_inference, trainer, unfolded, validation_seconds=seconds)
-                self._write(trainer, pl_module, plan, directory, calls, trained, measure)
+                left_out = self._write(trainer, pl_module, plan, directory, calls, trained, measure)
+        again = partial(self._fold, trainer, pl_module, validate, directory, weights, reestimated, best)
+        if left_out:
+            more = {fold.batchnorm for fold in plan.folds if not set(fold.layers).isdisjoint(left_out)}
+            again(lends=lends, unsaved=unsaved | more)
+            return
         if self.report["mismatch"] is not None and original.has_lent:
             # Perhaps a layer does something else if it has a bias, and had one in the first validation alone.
-            self._fold(trainer, pl_module, validate, directory, weights, reestimated, best, lends=False)
+            again(lends=False, unsaved=unsaved)
             return
         if self.report["mismatch"] is None and trainer.state.fn == "fit":
             if tensorboard_loggers(trainer):
@@ -509,8 +520,12 @@ class BatchNormFolding(Callback):
         calls: Sequence[ExampleCall],
         trained: Collection[int | None],
         measure: Callable[[LightningModule | None, Sequence[ExampleCall]], Inference],
-    ) -> None:
-        """Write the files while the module is folded, and keep a copy of it."""
+    ) -> Collection[str]:
+        """Write the files while the module is folded, and keep a copy of it.
+
+        Returns:
+            Names of folded layers that would be missing in the checkpoint, which is not written then.
+        """
         assert self.report is not None
         folded = _copy(pl_module, trained)
         # A `fast_dev_run` leaves no files, and must not replace those of a real one.
@@ -523,7 +538,7 @@ class BatchNormFolding(Callback):
                 save_folded(trainer, pl_module, plan, directory / "folded.ckpt", self._progress, outdated)
             except UnfaithfulError as error:
                 self.report["mismatch"] = str(error)
-                return
+                return error.left_out
             self._has_written = True
             tolerance = self.tolerance or dtype_tolerance(pl_module)
             # Copies share functions with the module, and a hook of the copy may be one that writes into the module.
@@ -540,6 +555,7 @@ class BatchNormFolding(Callback):
                 if trainer.is_global_zero:
                     write_report(self.report, part)
         self.folded_module = folded
+        return ()
 
     def _tell_failed_exports(self) -> None:
         """Raise or warn, as for a mismatch, when everything else is done."""
@@ -639,8 +655,12 @@ class BatchNormFolding(Callback):
         self.report = state_dict or None
 
 
-def _has_batchnorms(pl_module: LightningModule) -> bool:
-    return any(KINDS.batchnorm(module) for module in pl_module.modules())
+def _names_of_batchnorms(pl_module: LightningModule) -> list[str]:
+    return [name for name, module in pl_module.named_modules() if KINDS.batchnorm(module)]
+
+
+def _not_saved() -> Obstacle:
+    return "not-saved", "the module leaves its layer out of its checkpoints, and would load it unfolded"
 
 
 def _directory_of_run(trainer: Trainer) -> str:
@@ -689,8 +709,8 @@ def _in_all_processes(trainer: Trainer, plan: FoldingPlan, pl_module: LightningM
     plans = [trainer.strategy.broadcast(plan, src=rank) for rank in range(trainer.world_size)]
     if all(other.folds == plans[0].folds for other in plans):
         return plans[0]
-    order = [name for name, module in pl_module.named_modules() if KINDS.batchnorm(module)]
-    return plans[0].keeping_all("other-call", "the processes of this fit take different paths through the model", order)
+    order = _names_of_batchnorms(pl_module)
+    return plans[0].keeping("other-call", "the processes of this fit take different paths through the model", order)
 
 
 def _in_any_process(trainer: Trainer, mismatch: str | None) -> str | None:

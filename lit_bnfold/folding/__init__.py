@@ -99,7 +99,7 @@ def plan_folding(
             found = _planned(model, *example, kinds)
         if found.obstacle is not None and found.obstacle[0] == "unexplained":
             found = _without_rounding(found, model, *example, kinds)
-    return found.plan if found.obstacle is None else found.plan.keeping_all(*found.obstacle, order=found.order)
+    return found.plan if found.obstacle is None else found.plan.keeping(*found.obstacle, order=found.order)
 
 
 def fold_batchnorm(

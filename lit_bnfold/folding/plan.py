@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -156,17 +156,21 @@ class FoldingPlan:
         check_types(("model", model, nn.Module, "an nn.Module"), ("kinds", kinds, Kinds, "Kinds"))
         return apply_plan(self, model, inplace=inplace, kinds=kinds)
 
-    def keeping_all(self, code: str, reason: str, order: Iterable[str]) -> FoldingPlan:
-        """The plan that folds nothing, with one more reason for what this one would have folded.
+    def keeping(
+        self, code: str, reason: str, order: Iterable[str], names: Collection[str] | None = None
+    ) -> FoldingPlan:
+        """The plan without some of its folds, or without any, and with one more reason for what stays.
 
         Args:
             code: Why that stays, for programs.
             reason: Why that stays, in a sentence.
             order: Names of all BatchNorms, in the order of the model.
+            names: Names of those that stay now; all by default.
         """
-        kept = {fold.batchnorm: Kept(fold.batchnorm, reason, code) for fold in self.folds}
+        folds = () if names is None else tuple(fold for fold in self.folds if fold.batchnorm not in names)
+        kept = {fold.batchnorm: Kept(fold.batchnorm, reason, code) for fold in self.folds if fold not in folds}
         kept |= {each.batchnorm: each for each in self.kept}
-        return FoldingPlan(kept=tuple(kept[name] for name in order))
+        return FoldingPlan(folds, tuple(kept[name] for name in order if name in kept))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain dicts, lists, strings and numbers, fit for JSON, with a checksum of all that.

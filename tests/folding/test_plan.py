@@ -669,7 +669,7 @@ def test_plan_that_was_changed_after_it_was_made_is_refused(direction: str, part
 
 def test_plan_that_keeps_all_is_in_the_order_that_is_asked_for() -> None:
     plan = FoldingPlan((Fold("c", (Part("x"),)), Fold("a", (Part("y"),))), (Kept("b", "because", "code"),))
-    assert plan.keeping_all("other", "why", ["a", "b", "c"]) == FoldingPlan(
+    assert plan.keeping("other", "why", ["a", "b", "c"]) == FoldingPlan(
         kept=(Kept("a", "why", "other"), Kept("b", "because", "code"), Kept("c", "why", "other"))
     )
 
