@@ -21,7 +21,8 @@ Step = tuple[str, int, int, int]
 KINDS = (
     "conv", "conv", "norm", "norm", "norm", "norm", "same_norm", "same_conv", "transposed", "relu", "relu_",
     "silu_norm", "computed_conv",
-    "add", "add_", "sum_", "sum_", "cat", "half", "pool", "upsample", "reflect", "mean", "permute", "linear",
+    "add", "add_", "spread", "spread", "sum_", "sum_",
+    "cat", "half", "pool", "upsample", "reflect", "mean", "permute", "linear",
     "identity_branch", "residual", "keep", "move", "move",
 )  # fmt: skip
 
@@ -57,6 +58,16 @@ MOVES: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: F.pad(x, (0, 0, 0, 1), mode="replicate").unfold(2, 2, 1).mean(-1),
     lambda x: F.unfold(x, 1).unflatten(2, x.shape[2:]),
     lambda x: torch.cat([x[:, CHANNELS:], x.rot90(1, (2, 3)).rot90(-1, (2, 3))], 1),
+)
+
+
+SPREADS: tuple[Callable[..., Tensor], ...] = (
+    lambda x, y: x + y.mean((2, 3), keepdim=True),
+    lambda x, y: y[:1] - x,
+    lambda x, y: x + y[:, :, :1],
+    lambda x, y: x - y[0, :, :, -1:],
+    lambda x, y: x.clone().add_(y.mean(3, keepdim=True)),
+    lambda x, y: x[:, :1] + y,
 )
 
 
@@ -122,6 +133,8 @@ class Program(nn.Module):
                 x = F.relu_(x + 0.0 if x is image else x)
             elif kind == "add":
                 x = x + y if detail % 2 else x - 2 * y
+            elif kind == "spread":
+                x = SPREADS[detail % len(SPREADS)](x, y)
             elif kind == "add_":
                 x = x.clone().add_(y)
             elif kind == "sum_":
@@ -179,6 +192,8 @@ def check(program: list[Step], randomised: Any) -> int:
     folded = plan.apply(model)
     for batch_size, scale in ((1, 1.0), (2, -3.0), (5, 0.1)):
         image = scale * torch.randn(batch_size, CHANNELS, 4, 5, dtype=torch.float64)
+        if batch_size == 2:  # Laid out otherwise.
+            image = image.mT.contiguous().mT
         with torch.no_grad():
             for ours, theirs in zip(folded(image.clone()), model(image.clone()), strict=True):
                 size = max(1.0, float(theirs.abs().max()))
