@@ -305,6 +305,73 @@ def test_sum_of_several_shapes_folds_into_all(function: Any, layers: list[str], 
     judge(model, images, told, folds={"bn": layers}, others=others)
 
 
+def written_sum(m: Any, x: Tensor) -> Tensor:
+    y = m.identity(x)
+    y += m.conv(x)
+    return m.bn(y)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.bn(m.conv(x) + m.identity(x)),
+        lambda m, x: m.bn(m.identity(x) + m.conv(x)),
+        lambda m, x: m.bn(m.identity(x) - m.conv(x)),
+        lambda m, x: m.bn(m.small(x) + m.identity(x) + m.conv(x)),
+        lambda m, x: m.bn(m.identity(x) + (m.conv(x) - m.small(x))).relu(),
+        written_sum,
+    ],
+)
+def test_batchnorm_behind_a_sum_with_one_that_is_folded_beside_a_layer(function: Any, judge: Judge, net: Any) -> None:
+    layers = {"identity": nn.BatchNorm2d(3), "conv": nn.Conv2d(3, 3, 3, padding=1), "bn": nn.BatchNorm2d(3)}
+    model = net(function, **layers, small=nn.Conv2d(3, 3, 1))
+    images = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    plan = plan_folding(model.double(), (images,))
+    assert [(fold.batchnorm, fold.direction) for fold in plan.folds] == [("identity", "parallel"), ("bn", "backward")]
+    judge(model, images, folds={fold.batchnorm: fold.layers for fold in plan.folds})
+
+
+def test_shift_that_only_zeros_could_take_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
+    layers = {"a": nn.BatchNorm2d(3), "b": nn.BatchNorm2d(3), "bn": nn.BatchNorm2d(3)}
+    layers |= {"of_a": nn.Conv2d(3, 3, 1), "of_b": nn.Conv2d(3, 3, 1)}
+    model = net(lambda m, x, y: m.bn((m.a(x) + m.b(y)) + (m.of_a(x) + m.of_b(y))).relu(), **layers)
+    images = torch.randn(2, 2, 3, 5, 6, dtype=torch.float64)
+    judge(model, *images, folds={"a": ["of_a"], "b": ["of_b"]}, kept={"bn": "behind-batchnorm"})
+
+
+def test_batchnorm_behind_a_sum_with_one_that_went_into_its_layer(judge: Judge, net: Any) -> None:
+    layers = {"first": nn.BatchNorm2d(3), "conv": nn.Conv2d(3, 3, 1), "other": nn.Conv2d(3, 3, 1)}
+    model = net(lambda m, x: m.bn(m.first(m.other(x)) + m.conv(x)).relu(), **layers, bn=nn.BatchNorm2d(3))
+    images = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    judge(model, images, folds={"first": ["other"], "bn": ["other", "conv"]})
+
+
+def queries_keys_and_values(m: Any, x: Tensor) -> Tensor:
+    parts = m.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = (norm(part.mT.flatten(1, 2)) for norm, part in zip((m.q, m.k, m.v), parts, strict=True))
+    return q.sigmoid() * k.softmax(-1) * v
+
+
+def shuffled(m: Any, x: Tensor) -> Tensor:
+    a, b = m.conv(x).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2).chunk(2, 1)
+    return torch.cat([m.a(a), m.b(b)])
+
+
+def test_each_of_several_equal_parts_of_a_layer_is_normalised_alike(judge: Judge, net: Any) -> None:
+    norms = {name: nn.BatchNorm1d(8) for name in "qkv"}
+    model = net(queries_keys_and_values, qkv=nn.Linear(5, 24), **norms)
+    tokens = torch.randn(7, 11, 5, dtype=torch.float64)
+    judge(model, tokens, folds={"q": ["qkv"], "k": ["qkv"], "v": ["qkv"]}, others=[(tokens[:2, :5],), (tokens[:, :3],)])
+    images = torch.randn(5, 3, 9, 11, dtype=torch.float64)
+    model = net(shuffled, conv=nn.Conv2d(3, 8, 3), a=nn.BatchNorm2d(4), b=nn.BatchNorm2d(4))
+    judge(model, images, folds={"a": ["conv"], "b": ["conv"]}, others=[(images[:2, :, :5],)])
+    model = net(
+        lambda m, x: m.bn(torch.cat([m.a(x), m.b(x)], 1)[:, 1:4]),
+        a=nn.Conv2d(3, 2, 1), b=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(3),
+    )  # fmt: skip
+    judge(model, images, folds={"bn": ["a", "b"]}, others=[(images[:2, :, :5],)])
+
+
 def test_sum_along_the_channels_keeps_the_batchnorm(judge: Judge, net: Any) -> None:
     layers = {"conv": nn.Conv2d(3, 5, 1), "mask": nn.Conv2d(3, 1, 1), "bn": nn.BatchNorm2d(5)}
     images = torch.randn(2, 3, 5, 5, dtype=torch.float64)
@@ -1191,10 +1258,15 @@ def test_fold_that_costs_digits_says_so(var: float, weight: float, mean: float, 
     assert FoldingPlan.from_dict(plan.to_dict()) == plan
 
 
-def test_batchnorm_before_zero_padding_says_so(judge: Judge) -> None:
+def test_batchnorm_before_zero_padding_says_so(judge: Judge, net: Any) -> None:
     images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     padded = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1))
     judge(padded, images, kept={"1": "zero-padding"})
+    read = net(
+        lambda m, x: m.next(m.bn(h := m.conv(x))) + h,
+        conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3), next=nn.Conv2d(3, 3, 3, padding=1),
+    )  # fmt: skip
+    judge(read, images, kept={"bn": "other-reader"})
 
 
 def test_default_device_does_not_matter(randomised: Callable[[nn.Module], nn.Module]) -> None:

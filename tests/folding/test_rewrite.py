@@ -325,6 +325,21 @@ def test_plan_is_refused_where_a_layer_is_called_otherwise(
     assert bits(other) == before
 
 
+class PaddingNothing(nn.Conv2d):
+    """Has a forward of its own, which does not heed its attributes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight, self.bias)
+
+
+def test_plan_is_taken_where_a_layer_has_a_forward_of_its_own(randomised: Randomised, agree: Any) -> None:
+    model = randomised(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), PaddingNothing(4, 4, 3, padding=1))).double().eval()
+    x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    plan = plan_folding(model, (x,))
+    assert len(plan.folds) == 1
+    agree(model, plan.apply(model), [(x,), (2 * x,)])
+
+
 def test_plan_is_refused_by_a_batchnorm_that_can_take_no_other_since(randomised: Randomised) -> None:
     model = randomised(nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.Tanh())).double().eval()
     plan = plan_folding(model, (X,))
