@@ -22,7 +22,10 @@ GIVEN = "is given to code outside of any module, as where a step calls `self.for
 
 IN_PLACE_SUMS = ("aten.add_.Tensor", "aten.sub_.Tensor")
 
-_STRIDE_READERS = {"aten.view.default", "aten.view.dtype", "aten.as_strided.default", "aten._reshape_alias.default"}
+_STRIDE_READERS = {
+    *("aten.view.default", "aten.view.dtype", "aten.view_as_complex.default"),
+    *("aten.as_strided.default", "aten._reshape_alias.default"),
+}
 
 
 class FoldingError(Exception):

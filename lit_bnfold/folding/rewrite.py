@@ -198,7 +198,8 @@ def _call_of(module: Any) -> Call:
     """How torch's forward calls the function of a layer; what pads in another way than with zeros does so before."""
     pads = getattr(module, "padding_mode", "zeros") == "zeros"
     names = ["stride", "dilation", *(["padding"] if pads else [])]
-    kwargs = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    given = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    kwargs = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return Call(index=0, kind="layer", name="", frame=0, owner=None, args=(), kwargs=kwargs, inputs=())
 
 

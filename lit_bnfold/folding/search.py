@@ -332,7 +332,8 @@ class _Search:
                 raise _StaysError("written", f"its output is written in place by {writer}")
             is_laid_out_anew = _is_laid_out_anew(before, after)
             if after.stride == _contiguous(after.shape):
-                self._contiguous |= is_laid_out_anew or self._may_be_odd(before, self.graph.is_viewed_after(call))
+                shows = self.graph.is_viewed_after(call) or after.storage in self.graph.writers
+                self._contiguous |= is_laid_out_anew or self._may_be_odd(before, counts_unknown=shows)
             elif is_laid_out_anew and self.graph.is_reinterpreted(after):
                 raise _StaysError("layout", "it lays its output out anew in memory, and a later `view` relies on that")
             if before.dtype != after.dtype:
@@ -356,9 +357,11 @@ class _Search:
             if maker.index in seen:
                 continue
             seen.add(maker.index)
-            # A view is followed up to what it shows, all else between the BatchNorm and its layers alone.
+            # A view is followed up to what it shows; all else between the BatchNorm and its layers alone, unless
+            # what is unknown counts.
             is_view = maker.kind == "layer" or maker.name in VIEWS
-            inputs = maker.inputs[:1] if is_view else [index for index in maker.inputs if index in self.maps]
+            others = maker.inputs if counts_unknown else [index for index in maker.inputs if index in self.maps]
+            inputs = maker.inputs[:1] if is_view else others
             sources = [self.graph.values[index] for index in inputs]
             is_odd = any(source.stride != _contiguous(source.shape) for source in sources)
             # What is made of a sequence may be laid out like that. Images stay in one of two layouts.

@@ -761,13 +761,12 @@ def _on_joined_axis(graph: ValueGraph, calls: Sequence[Call], maps: Mapping[int,
             return call
         if RULES[call.name] is _VIEW:
             (labels, moved), (before, after) = _labels(call, maps), _shapes(graph, call)
-            is_between = _is_between(labels, moved, before, after, are_joined)
-            if is_between or (are_joined and _joins_channels(moved, after, before)):
+            if _is_between(labels, moved, before, after) or (are_joined and _joins_channels(moved, after, before)):
                 return call
             are_joined |= _joins_channels(labels, before, after)
         elif call.name == "repeat_interleave":
             are_joined |= maps[call.inputs[0]].labels.shape[call.args[2]] > 1
-        elif RULES[call.name] is _JOIN and are_joined and _is_around(graph, call, maps):
+        elif RULES[call.name] is _JOIN and _is_around(maps[call.outputs[0]].labels, _axis_joined(graph, call)):
             return call
     return None
 
@@ -795,33 +794,26 @@ def _joins_channels(labels: Tensor, before: tuple[int, ...], after: tuple[int, .
     )
 
 
-def _is_between(
-    labels: Tensor, moved: Tensor, before: tuple[int, ...], after: tuple[int, ...], are_joined: bool
-) -> bool:
+def _is_between(labels: Tensor, moved: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> bool:
     """Whether one axis holds channels and others on both sides of them: 2 rows of 3 pixels fit in it, and 3 of 2 do."""
     for old, new in _corresponding_axes(before, after):
         taken, axes = (moved, new) if len(old) == 1 else (labels, old)
-        parts = itertools.chain.from_iterable(_parts(taken, axis, are_joined) for axis in axes)
+        parts = itertools.chain.from_iterable(_parts(taken, axis) for axis in axes)
         runs = [is_channels for is_channels, _ in itertools.groupby(parts)]
         if True in runs and runs.count(False) > 1:
             return True
     return False
 
 
-def _is_around(graph: ValueGraph, call: Call, maps: Mapping[int, Channels]) -> bool:
-    """Whether the axis along which a call joins holds by itself channels and others on both sides of them."""
-    return _parts(maps[call.outputs[0]].labels, _axis_joined(graph, call), are_joined=True) == [False, True, False]
+def _is_around(labels: Tensor, axis: int) -> bool:
+    """Whether an axis by itself holds channels and others on both sides of them."""
+    return _parts(labels, axis) == [False, True, False]
 
 
-def _parts(labels: Tensor, axis: int, are_joined: bool) -> list[bool]:
+def _parts(labels: Tensor, axis: int) -> list[bool]:
     """What is in an axis, from the outermost part to the innermost: channels (True), or others (False)."""
     if labels.shape[axis] == 1:
         return [False]
-    if not are_joined:
-        # It is one or the other, also where not every position is picked.
-        lines = labels.movedim(axis, -1)
-        lowest = lines.masked_fill(lines == UNTOUCHED, int(lines.max())).amin(-1)
-        return [bool((lowest < lines.amax(-1)).any())]
     row = labels.movedim(axis, -1).reshape(-1, labels.shape[axis])[0]
     runs = row[torch.cat([row.new_ones(1, dtype=torch.bool), row[1:] != row[:-1]])]
     is_outside, is_inside = len(runs) > len(runs.unique()), len(row) > len(runs)

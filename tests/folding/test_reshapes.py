@@ -60,6 +60,18 @@ IMAGES = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=torch.Generator(
         (lambda m, x: m.fc(m.bn(x).view(len(x), -1)), [nn.Linear(6, 4), nn.BatchNorm1d(2)], SEQUENCE),
         (lambda m, x: m.fc(m.bn(x.relu()).view(len(x), -1)), [nn.Linear(6, 4), nn.BatchNorm1d(2)], SEQUENCE),
         (lambda m, x: m.fc(m.bn(x).view(len(x), -1)), [nn.Linear(60, 4), nn.BatchNorm2d(3)], IMAGES),
+        *(
+            (lambda m, x, f=f: m.fc(m.bn(f(x)).view(len(x), -1)), [nn.Linear(60, 4), nn.BatchNorm2d(3)], IMAGES)
+            for f in (
+                lambda x: x + x.mean(3, keepdim=True),
+                torch.clone,
+                torch.detach,
+                lambda x: x.flip(2),
+                lambda x: x[:, :, torch.arange(5)],
+                lambda x: 0 + x,
+                lambda x: x.clone().add_(1),
+            )
+        ),
         (lambda m, x: m.bn(m.fc(x)).tanh().view(len(x), -1), [nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3)], SEQUENCE),
     ],
 )
@@ -69,6 +81,21 @@ def test_input_that_is_laid_out_otherwise_is_normalised_alike(
     model = net(function, fc=layers[0], bn=layers[1])
     others = [(2 * example[:3],), (transposed(example),), (transposed(example[:1]),)]
     assert judge(model, example, folds={"bn": ["fc"]}, others=others).folds[0].contiguous
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        lambda y: y.view(len(y), -1).tanh(),
+        lambda y: torch.view_as_complex(y.unflatten(2, (-1, 2))).angle(),
+        lambda y: (y.contiguous().relu_(), y * 2)[1],
+        lambda y: (y.flatten(1).relu_(), y * 2)[1],
+    ],
+)
+def test_sum_with_the_input_is_laid_out_as_the_batchnorm_does(later: Any, judge: Judge, net: Any) -> None:
+    model = net(lambda m, x: later(m.bn(x + m.conv(x))), conv=nn.Conv1d(4, 4, 1), bn=nn.BatchNorm1d(4))
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    judge(model, x, folds={"bn": ["conv"]}, others=[(2 * x,), (transposed(x),)])
 
 
 def test_zeros_lie_in_memory_as_what_the_batchnorm_gave(judge: Judge, net: Any) -> None:

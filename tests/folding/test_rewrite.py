@@ -332,6 +332,18 @@ class PaddingNothing(nn.Conv2d):
         return nn.functional.conv2d(x, self.weight, self.bias)
 
 
+@pytest.mark.parametrize("attribute", ["stride", "dilation", "padding"])
+def test_plan_is_taken_where_a_layer_has_lists_for_its_sizes(
+    attribute: str, randomised: Randomised, agree: Any
+) -> None:
+    model = randomised(Beside(3, padding=1)).double().eval()
+    setattr(model.conv, attribute, list(getattr(model.conv, attribute)))
+    x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    plan = plan_folding(model, (x,))
+    assert len(plan.folds) == 1
+    agree(model, plan.apply(model), [(x,), (2 * x,)])
+
+
 def test_plan_is_taken_where_a_layer_has_a_forward_of_its_own(randomised: Randomised, agree: Any) -> None:
     model = randomised(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), PaddingNothing(4, 4, 3, padding=1))).double().eval()
     x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
