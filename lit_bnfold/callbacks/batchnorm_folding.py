@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_bnfold.callbacks.advice import how_to_fold
 from lit_bnfold.callbacks.best_weights import Best, best_of, best_score, best_weights
@@ -542,12 +542,18 @@ class BatchNormFolding(Callback):
             self._has_written = True
             tolerance = self.tolerance or dtype_tolerance(pl_module)
             # Copies share functions with the module, and a hook of the copy may be one that writes into the module.
-            with module_put_back(trainer, pl_module):
+            with module_put_back(trainer, pl_module), _calls_seen(pl_module) as seen:
                 self.report["exports"] = export_files(
                     self.export, trainer, folded, calls, directory, tolerance, self._stages.begin
                 )
                 self._stages.begin("measuring how fast both versions are")
                 self.report["inference"] = measure(folded, calls)
+            if seen:
+                rank_zero_warn(
+                    "A copy of the module calls the module itself, as where a function that it keeps holds on to that. "
+                    "BatchNormFolding has no folded_module; load_folded makes one of the file."
+                )
+                folded, self.report["inference"] = None, measure(None, calls)
             with whole_file(page, trainer) as part:
                 if trainer.is_global_zero:
                     write_html(self.report, part)
@@ -702,6 +708,17 @@ def _copy(pl_module: LightningModule, trained: Collection[int | None]) -> Lightn
     except FoldingError as error:
         rank_zero_warn(f"{error} BatchNormFolding has no folded_module; load_folded makes one of the file.")
         return None
+
+
+@contextmanager
+def _calls_seen(pl_module: LightningModule) -> Iterator[list[nn.Module]]:
+    """The modules that are called in here."""
+    seen: list[nn.Module] = []
+    with ExitStack() as hooks:
+        for module in pl_module.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                hooks.callback(module.register_forward_pre_hook(lambda module, _: seen.append(module)).remove)
+        yield seen
 
 
 def _in_all_processes(trainer: Trainer, plan: FoldingPlan, pl_module: LightningModule) -> FoldingPlan:

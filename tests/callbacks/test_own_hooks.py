@@ -773,6 +773,30 @@ def test_a_run_is_asked_and_told_nothing_and_its_directory_is_that_of_its_checkp
     assert files_in(tmp_path / "project" / "run") == {"folded.ckpt", "folding.html", "folding.json"}
 
 
+class HoldingOn(Tiny):
+    """Keeps a function that holds on to its network, as for a compiled one; copies share functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast = lambda inputs: self.net(inputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.fast(inputs)
+
+
+def test_a_copy_that_would_call_the_module_itself_is_none(tmp_path: Path, randomised: Randomised) -> None:
+    folding, module = BatchNormFolding(), randomised(HoldingOn())
+    with pytest.warns(UserWarning, match="A copy of the module calls the module itself"):
+        fitted(module, tmp_path, callbacks=[folding])
+    assert folding.folded_module is None
+    assert folding.report is not None
+    assert folding.report["inference"]["operations"] == {}
+    assert not any(part._forward_pre_hooks for part in module.modules())
+    loaded, inputs = load_folded(HoldingOn, tmp_path / "folded.ckpt"), torch.randn(7, 4)
+    torch.testing.assert_close(loaded(inputs), module.eval()(inputs), rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(part, nn.BatchNorm1d) for part in loaded.modules())
+
+
 # Steps that call layers themselves ------------------------------------------------------------------------------------
 
 
