@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,31 +59,55 @@ class _Copies:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._process = os.getpid()
         self._copies: dict[Path, Path] = {}
+        self._links: dict[Path, Path] = {}
         self._new: set[Path] = set()
         self._is_busy = False
 
-    def keep(self, given: Any) -> None:
-        """Copy a file, if it was there before and is not copied yet."""
-        if self._is_busy or isinstance(given, int):  # What is open was heard of when it was opened.
+    def keep(self, given: Any, *, follows_links: bool) -> None:
+        """Copy a file, or note where a link leads, if it was there before and is not kept yet."""
+        # What is open was heard of when it was opened. A process that was forked has files of its own.
+        if self._is_busy or isinstance(given, int) or os.getpid() != self._process:
             return
-        path = Path(os.path.abspath(os.fsdecode(given)))  # noqa: PTH100 (it does not follow a link)
+        absolute = os.path.realpath if follows_links else os.path.abspath
+        path = Path(absolute(os.fsdecode(given)))
         self._is_busy = True
         try:
-            if not path.exists():
+            if path in self._copies.keys() | self._links.keys() | self._new:
+                return
+            if path.is_symlink():
+                self._links[path] = path.readlink()
+            elif path.is_file():
+                copy = self._directory / str(len(self._copies))
+                shutil.copy2(path, copy)
+                self._copies[path] = copy
+            elif not path.exists():
                 self._new.add(path)
-            elif path.is_file() and path not in self._copies.keys() | self._new:
-                self._copies[path] = self._directory / str(len(self._copies))
-                shutil.copy2(path, self._copies[path])
         finally:
             self._is_busy = False
 
     def put_back(self) -> None:
         """Give every file its content back, in place: somebody may have it open, to append to it."""
-        for path, copy in self._copies.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(copy, path)
-            shutil.copystat(copy, path)
+        with ExitStack() as stack:  # One that cannot be written keeps no other from it.
+            for path, copy in self._copies.items():
+                stack.callback(_write_back, path, copy)
+            for path, target in self._links.items():
+                stack.callback(_link_back, path, target)
+
+
+def _write_back(path: Path, copy: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        path.unlink()
+    shutil.copyfile(copy, path)
+    shutil.copystat(copy, path)
+
+
+def _link_back(path: Path, target: Path) -> None:
+    if not path.is_symlink() or path.readlink() != target:
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
 
 
 _copies: dict[int, _Copies] = {}  # by thread
@@ -101,7 +125,7 @@ def _hear(event: str, args: tuple[Any, ...]) -> None:
     # A file that is only opened to be read or changed, such as a data set in a memory map, may be of any size.
     if copies is not None and (event != "open" or (isinstance(args[2], int) and args[2] & os.O_TRUNC)):
         for place in _PATHS_AT[event]:
-            copies.keep(args[place])
+            copies.keep(args[place], follows_links=event == "open")
 
 
 @contextmanager
@@ -113,7 +137,7 @@ def _torch_save_heard() -> Iterator[None]:
     def open_and_tell(file: Any) -> Any:
         copies = _copies.get(threading.get_ident())
         if copies is not None and isinstance(file, (str, os.PathLike)):
-            copies.keep(file)
+            copies.keep(file, follows_links=True)
         return opens(file)
 
     serialization._open_zipfile_writer = open_and_tell

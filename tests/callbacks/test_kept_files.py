@@ -1,0 +1,190 @@
+"""Files that are written over while they are kept have their content back, however they were written."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch.serialization import save as save_as_imported
+
+from lit_bnfold.callbacks.kept_files import files_put_back
+
+OLD = b"what was there before"
+
+
+def write_whole(path: Path) -> None:
+    path.write_bytes(b"new")
+
+
+def write_open_file(path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save({"new": torch.ones(3)}, file)
+
+
+def replace_by_another(path: Path) -> None:
+    other = path.with_suffix(".tmp")
+    other.write_bytes(b"new")
+    other.replace(path)
+
+
+def move_away(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+
+
+def remove_and_write(path: Path) -> None:
+    path.unlink()
+    path.write_bytes(b"new")
+
+
+def remove_with_its_directory(path: Path) -> None:
+    path.unlink()
+    path.parent.rmdir()
+
+
+def write_compressed(path: Path) -> None:
+    with gzip.open(path, "wb") as file:
+        file.write(b"new")
+
+
+def write_array(path: Path) -> None:
+    with path.open("wb") as file:
+        numpy.save(file, numpy.ones(3))
+
+
+def write_pickle(path: Path) -> None:
+    with path.open("wb") as file:
+        pickle.dump(3, file)
+
+
+def write_from_another_directory(path: Path) -> None:
+    before = Path.cwd()
+    os.chdir(path.parent)
+    try:
+        Path(path.name).write_bytes(b"new")
+    finally:
+        os.chdir(before)
+
+
+WAYS: list[Callable[[Path], object]] = [
+    write_whole,
+    write_open_file,
+    replace_by_another,
+    move_away,
+    remove_and_write,
+    remove_with_its_directory,
+    write_compressed,
+    write_array,
+    write_from_another_directory,
+    lambda path: torch.save({"new": torch.ones(3)}, path),
+    lambda path: torch.save({"new": torch.ones(3)}, str(path), _use_new_zipfile_serialization=False),
+    lambda path: save_as_imported({"new": torch.ones(3)}, str(path)),
+    lambda path: open(os.fsencode(path), "wb").close(),  # noqa: PTH123 (a path of bytes)
+    lambda path: os.close(os.open(path, os.O_WRONLY | os.O_TRUNC)),
+    lambda path: shutil.copy(__file__, path),
+    write_pickle,
+]
+
+
+@pytest.mark.parametrize("write", WAYS)
+def test_what_was_there_before_is_there_again(write: Callable[[Path], object], tmp_path: Path) -> None:
+    path = tmp_path / "inner" / "weights"
+    path.parent.mkdir()
+    path.write_bytes(OLD)
+    path.chmod(0o640)
+    before = path.stat()
+    with files_put_back():
+        write(path)
+        assert not path.exists() or path.read_bytes() != OLD
+    assert path.read_bytes() == OLD
+    after = path.stat()
+    assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+
+
+def test_what_fails_in_between_puts_back_too(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(OLD)
+
+    def fail() -> None:
+        with files_put_back():
+            write_whole(path)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_bytes() == OLD
+
+
+def test_new_files_and_appended_lines_stay_and_what_is_only_changed_is_not_copied(tmp_path: Path) -> None:
+    log, memory, new = tmp_path / "log", tmp_path / "memory", tmp_path / "new"
+    log.write_bytes(b"one\n")
+    memory.write_bytes(bytes(8))
+    with files_put_back():
+        with log.open("ab") as file:
+            file.write(b"two\n")
+        numpy.memmap(memory, dtype=numpy.uint8)[0] = 1
+        new.write_bytes(b"first")
+        new.write_bytes(b"second")
+        new.replace(tmp_path / "renamed")
+    assert log.read_bytes() == b"one\ntwo\n"
+    assert memory.read_bytes()[0] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "memory", "renamed"}
+
+
+def test_a_file_that_somebody_has_open_is_written_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"one\n")
+    with path.open("ab") as appending:
+        with files_put_back():
+            write_whole(path)
+        appending.write(b"two\n")
+    assert path.read_bytes() == b"one\ntwo\n"
+
+
+def test_a_link_leads_where_it_led(tmp_path: Path) -> None:
+    first, second, latest = tmp_path / "first", tmp_path / "second", tmp_path / "latest"
+    first.write_bytes(OLD)
+    latest.symlink_to(first)
+    with files_put_back():
+        write_whole(latest)  # through the link
+        second.write_bytes(b"second")
+        (tmp_path / "tmp").symlink_to(second)
+        (tmp_path / "tmp").replace(latest)
+    assert latest.readlink() == first
+    assert first.read_bytes() == OLD
+    assert second.read_bytes() == b"second"
+
+
+def test_other_threads_and_processes_write_as_they_like(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("thread", "process", "own")]
+    for path in paths:
+        path.write_bytes(OLD)
+    with files_put_back():
+        writer = threading.Thread(target=write_whole, args=(paths[0],))
+        writer.start()
+        writer.join()
+        child = os.fork()
+        if not child:
+            write_whole(paths[1])
+            os._exit(0)
+        os.waitpid(child, 0)
+        write_whole(paths[2])
+    assert [path.read_bytes() for path in paths] == [b"new", b"new", OLD]
+
+
+def test_one_inside_of_another_puts_back_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(OLD)
+    with files_put_back():
+        path.write_bytes(b"outer")
+        with files_put_back():
+            path.write_bytes(b"inner")
+        assert path.read_bytes() == b"outer"
+    assert path.read_bytes() == OLD
