@@ -96,8 +96,9 @@ class FoldedLoading:
         Raises:
             FoldingError: If training is to go on from a folded checkpoint, or its plan does not fit this module.
         """
-        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         assert isinstance(self, nn.Module)
+        _take_structure_early(self, checkpoint)
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         _take_structure(self, checkpoint)
 
 
@@ -259,6 +260,9 @@ def stay_folded(pl_module: LightningModule, plan: FoldingPlan) -> None:
 
 
 def _remember(plan: FoldingPlan, module: nn.Module) -> None:
+    hook = vars(module).get("on_load_checkpoint")
+    if isinstance(hook, _LongerHook) and _check_is_folded in hook.parts:
+        return  # Its own hook has built it anew since.
     _add_to_hook(module, "on_save_checkpoint", partial(_add_manifest, plan))
     _add_to_hook(module, "on_load_checkpoint", _check_is_folded, first=True)
 
@@ -441,7 +445,8 @@ def _objection_to(
 ) -> UnfaithfulError | None:
     """What is in the way of loading each folded layer from a checkpoint as it is; None if nothing is."""
     loads_itself = any(_is_overridden(pl_module, name) for name in ("on_load_checkpoint", "load_state_dict"))
-    if _first_loss(pl_module, plan, checkpoint["state_dict"]) is None and not loads_itself:
+    holds_all = _first_loss(pl_module, plan, checkpoint["state_dict"]) is None
+    if holds_all and not loads_itself:
         return None
     # Perhaps the module writes under other names, and knows them when it loads.
     try:
@@ -452,10 +457,13 @@ def _objection_to(
         tensor.fill_(torch.nan)
     try:
         loaded = copy.deepcopy(dict(checkpoint))
-        loaded["state_dict"].pop(SIGNPOST)
+        _take_structure_early(copied, loaded)
         copied.on_load_checkpoint(loaded)
+        _take_structure(copied, loaded)
         copied.load_state_dict(loaded["state_dict"], strict=copied.strict_loading)
     except Exception as error:
+        if holds_all:  # It may want something that only a real load has, such as a Trainer.
+            return None
         return UnfaithfulError(f"its folded.ckpt could not be loaded again: {named(error)}")
     lost = _first_loss(pl_module, plan, dict(_folded_tensors(copied, plan)))
     if lost is None:
@@ -468,8 +476,9 @@ def _objection_to(
 
 
 def _is_overridden(pl_module: LightningModule, name: str) -> bool:
-    module = getattr(type(pl_module), name).__module__
-    return module.partition(".")[0] not in ("lightning", "pytorch_lightning", "torch", "lit_bnfold")
+    """Whether a class of somebody else's, or the module itself, has a method of its own in place of Lightning's."""
+    owners = [base.__module__.partition(".")[0] for base in type(pl_module).__mro__ if name in vars(base)]
+    return name in vars(pl_module) or not {"lightning", "pytorch_lightning", "torch", "lit_bnfold"}.issuperset(owners)
 
 
 def _first_loss(pl_module: nn.Module, plan: FoldingPlan, state: Mapping[str, Any]) -> str | None:
@@ -501,16 +510,14 @@ def _folded_tensors(module: nn.Module, plan: FoldingPlan) -> Iterator[tuple[str,
 
 def _take_structure_early(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Fold before the module's own hook, which may load weights itself; unless that builds what is to be folded."""
-    if MANIFEST not in checkpoint or _is_being_fitted(module):
-        return
-    with suppress(FoldingError):
-        plan = FoldingPlan.from_dict(checkpoint[MANIFEST])
-        if not _is_folded(module, plan):
-            fold_structure(plan, module)
-            _remember(plan, module)
+    _check_to_be_taken(module, checkpoint)
+    if MANIFEST in checkpoint:
+        with suppress(FoldingError):
+            _fold_what_is_left(FoldingPlan.from_dict(checkpoint[MANIFEST]), module)
 
 
-def _take_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+def _check_to_be_taken(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Refuse to train from a folded checkpoint, or to take a damaged one, and take its signpost away."""
     if MANIFEST not in checkpoint:
         return
     if _is_being_fitted(module):
@@ -522,12 +529,26 @@ def _take_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     is_taken = checkpoint["state_dict"].pop(SIGNPOST, None) is None
     if path is not None and not is_taken:
         check_is_undamaged(path)
+
+
+def _take_structure(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    _check_to_be_taken(module, checkpoint)
+    if MANIFEST not in checkpoint:
+        return
+    path = _being_loaded(module)
     with nullcontext() if path is None else naming_the_checkpoint(path):
-        plan = FoldingPlan.from_dict(checkpoint[MANIFEST])
-        if not _is_folded(module, plan):
-            fold_structure(plan, module)
-            _remember(plan, module)
+        _fold_what_is_left(FoldingPlan.from_dict(checkpoint[MANIFEST]), module)
         _check_dtypes(module, checkpoint["state_dict"])
+
+
+def _fold_what_is_left(plan: FoldingPlan, module: nn.Module) -> None:
+    """Fold a module by a plan, of which a part may be folded, and the rest built anew by its own hook."""
+    modules = dict(module.named_modules())
+    gone = (nn.Identity, Zero, Rest)
+    left = tuple(fold for fold in plan.folds if not isinstance(modules.get(fold.batchnorm), gone))
+    if left:
+        fold_structure(FoldingPlan(left), module)
+        _remember(plan, module)
 
 
 def _being_loaded(module: Any) -> Path | None:
@@ -567,8 +588,3 @@ def _trainer_of(module: Any) -> Trainer | None:
         trainer: Trainer = module.trainer
         return trainer
     return None
-
-
-def _is_folded(module: nn.Module, plan: FoldingPlan) -> bool:
-    modules = dict(module.named_modules())
-    return all(isinstance(modules.get(fold.batchnorm), (nn.Identity, Zero, Rest)) for fold in plan.folds)

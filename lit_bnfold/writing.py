@@ -33,10 +33,8 @@ def whole_file(path: Path, trainer: Trainer, outdated: Sequence[Path] = ()) -> I
     own_io = trainer.strategy.checkpoint_io
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # By name, for the other import name of Lightning has classes of its own.
-        kinds = [base.__name__ for base in type(own_io).__mro__]
         # What is written later cannot be renamed now; and what is renamed here need not be moved or renamed before.
-        if "AsyncCheckpointIO" in kinds or kinds[0] in ("TorchCheckpointIO", "WholeCheckpointIO"):
+        if _is_asynchronous(own_io) or type(own_io).__name__ in ("TorchCheckpointIO", "WholeCheckpointIO"):
             trainer.strategy.checkpoint_io = _PlainCheckpointIO()
         yield part
         if trainer.is_global_zero:
@@ -54,6 +52,27 @@ def whole_file(path: Path, trainer: Trainer, outdated: Sequence[Path] = ()) -> I
         trainer.strategy.checkpoint_io = own_io
         if trainer.is_global_zero:
             part.unlink(missing_ok=True)
+
+
+def _is_asynchronous(checkpoint_io: Any) -> bool:
+    # By name, for the other import name of Lightning has classes of its own.
+    return "AsyncCheckpointIO" in [base.__name__ for base in type(checkpoint_io).__mro__]
+
+
+@contextmanager
+def written_at_once(trainer: Trainer) -> Iterator[None]:
+    """Have checkpoints written by whoever saves them, and not later by another thread.
+
+    Args:
+        trainer: The Trainer.
+    """
+    own_io = trainer.strategy.checkpoint_io
+    try:
+        if _is_asynchronous(own_io):
+            trainer.strategy.checkpoint_io = _PlainCheckpointIO()
+        yield
+    finally:
+        trainer.strategy.checkpoint_io = own_io
 
 
 class _PlainCheckpointIO(TorchCheckpointIO):

@@ -34,6 +34,7 @@ from lit_bnfold.callbacks.validation import (
     module_put_back,
     run_trainers_validation,
     run_validation,
+    same_random_numbers,
     weights_put_back,
 )
 from lit_bnfold.checkpoint import (
@@ -255,7 +256,7 @@ class BatchNormFolding(Callback):
                 if not isinstance(error, FoldingError):
                     rank_zero_info(
                         "This error came where BatchNormFolding validates the module by itself, while other callbacks "
-                        "and loggers are silent. With `on_mismatch='warn'` the fit ends without it."
+                        "and loggers are silent. With `on_mismatch='warn'` it goes on without folding."
                     )
                 raise
             self._stages.clear()
@@ -535,7 +536,8 @@ class BatchNormFolding(Callback):
             outdated = [report, page, *(directory / name for name in FILES.values())]
             self._stages.begin("writing folded.ckpt")
             try:
-                save_folded(trainer, pl_module, plan, directory / "folded.ckpt", self._progress, outdated)
+                with same_random_numbers(trainer.global_rank), module_put_back(trainer, pl_module):
+                    save_folded(trainer, pl_module, plan, directory / "folded.ckpt", self._progress, outdated)
             except UnfaithfulError as error:
                 self.report["mismatch"] = str(error)
                 return error.left_out
@@ -672,8 +674,9 @@ def _not_saved() -> Obstacle:
 def _directory_of_run(trainer: Trainer) -> str:
     """Where the first logger writes; of one that does not tell, where checkpoints of its run would go."""
     logger = trainer.logger
-    if logger is None or getattr(logger, "log_dir", None) is not None or logger.save_dir is None:
-        return str(trainer.log_dir or trainer.default_root_dir)
+    own = getattr(logger, "log_dir", None)
+    if logger is None or own is not None or logger.save_dir is None:
+        return str(trainer.strategy.broadcast(own) or trainer.log_dir or trainer.default_root_dir)
     # All processes have to agree on it, and the version may hold the time.
     version = trainer.strategy.broadcast(logger.version)
     parts = [str(logger.name), version if isinstance(version, str) else f"version_{version}"]

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import os
+import pathlib
 import shutil
-import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.serialization
 
-# What Python tells audit hooks of, and where in its arguments the paths are.
-_PATHS_AT = {"open": (0,), "os.rename": (0, 1), "os.remove": (0,)}
+_Function = Callable[..., Any]
+
+# Through these Python opens, moves and removes files; `torch.save` opens its own elsewhere.
+_OPENING = [(builtins, "open"), (io, "open")]
+_MOVING = [(os, "rename"), (os, "replace")]
+_REMOVING = [(os, "remove"), (os, "unlink")]
+if _accessor := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10 has them once more.
+    _OPENING += [(_accessor, "open")]
+    _MOVING += [(_accessor, "rename"), (_accessor, "replace")]
+    _REMOVING += [(_accessor, "unlink")]
 
 
 @contextmanager
 def files_put_back() -> Iterator[None]:
     """Put back what was in every file that this thread writes anew, moves or removes in here.
 
-    What is appended to a file or written into the middle of it stays, and so do new files. What code outside of Python
-    writes is not seen, but for ``torch.save``.
+    What is appended to a file or written into the middle of it stays, and so do new files and directories that are
+    moved. What code outside of Python writes is not seen, but for ``torch.save``.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -35,11 +45,10 @@ def files_put_back() -> Iterator[None]:
         ...     best.read_text()
         'mine'
     """
-    _listen()
     thread = threading.get_ident()
-    around = _copies.get(thread)
-    with tempfile.TemporaryDirectory() as directory, _torch_save_heard():
-        copies = _copies[thread] = _Copies(Path(directory))
+    with tempfile.TemporaryDirectory() as directory, _listening():
+        around, copies = _copies.get(thread), _Copies(Path(directory))
+        _copies[thread] = copies
         try:
             yield
         finally:
@@ -61,47 +70,72 @@ class _Copies:
         self._directory = directory
         self._process = os.getpid()
         self._copies: dict[Path, Path] = {}
+        self._of_inode: dict[tuple[int, int], Path] = {}
         self._links: dict[Path, Path] = {}
         self._new: set[Path] = set()
         self._is_busy = False
 
-    def keep(self, given: Any, *, follows_links: bool) -> None:
-        """Copy a file, or note where a link leads, if it was there before and is not kept yet."""
-        # What is open was heard of when it was opened. A process that was forked has files of its own.
-        if self._is_busy or isinstance(given, int) or os.getpid() != self._process:
+    def hear(self, path: Any, directory: int | None = None, *, opens: bool = False, creates_only: bool = False) -> None:
+        """Copy a file that is about to change, or note where a link leads, if it was there before and is not kept yet.
+
+        Args:
+            path: The path.
+            directory: A descriptor of the directory that it is relative to; None for the current one.
+            opens: Whether it is opened, and a link followed.
+            creates_only: Whether what is in the file stays.
+        """
+        # A process that was forked has files of its own. What is open was heard of when it was opened.
+        if self._is_busy or os.getpid() != self._process or hasattr(path, "__index__"):
             return
-        absolute = os.path.realpath if follows_links else os.path.abspath
-        path = Path(absolute(os.fsdecode(given)))
         self._is_busy = True
         try:
-            if path in self._copies.keys() | self._links.keys() | self._new:
-                return
-            if path.is_symlink():
-                self._links[path] = path.readlink()
-            elif path.is_file():
-                copy = self._directory / str(len(self._copies))
-                shutil.copy2(path, copy)
-                self._copies[path] = copy
-            elif not path.exists():
-                self._new.add(path)
+            self._keep(_absolute(path, directory, follows_links=opens), creates_only)
         finally:
             self._is_busy = False
 
+    def _keep(self, path: Path, creates_only: bool) -> None:
+        if path in self._copies or path in self._links or path in self._new:
+            return
+        if not os.path.lexists(path):
+            self._new.add(path)
+        elif creates_only:
+            return
+        elif path.is_symlink():
+            self._links[path] = path.readlink()
+        elif path.is_file():
+            status = path.stat()
+            inode = status.st_dev, status.st_ino
+            if inode not in self._of_inode:  # Else it is another name of a file that has changed already.
+                copy = self._directory / str(len(self._of_inode))
+                shutil.copy2(path, copy)
+                self._of_inode[inode] = copy
+            self._copies[path] = self._of_inode[inode]
+
     def put_back(self) -> None:
-        """Give every file its content back, in place: somebody may have it open, to append to it."""
+        """Give every file its content back."""
         with ExitStack() as stack:  # One that cannot be written keeps no other from it.
-            for path, copy in self._copies.items():
-                stack.callback(_write_back, path, copy)
             for path, target in self._links.items():
                 stack.callback(_link_back, path, target)
+            for path, copy in self._copies.items():
+                stack.callback(_write_back, path, copy)
+
+
+def _absolute(path: Any, directory: int | None, *, follows_links: bool) -> Path:
+    name = os.fsdecode(path)
+    if directory is not None:
+        name = os.path.join(os.readlink(f"/proc/self/fd/{directory}"), name)  # noqa: PTH115, PTH118
+    return Path(os.path.realpath(name) if follows_links else os.path.abspath(name))  # noqa: PTH100 (it follows links)
 
 
 def _write_back(path: Path, copy: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_symlink():
-        path.unlink()
-    shutil.copyfile(copy, path)
-    shutil.copystat(copy, path)
+    # Under its own name there is always a whole file, also if this is interrupted.
+    part = path.with_name(f".{path.name}.put_back")
+    try:
+        shutil.copy2(copy, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _link_back(path: Path, target: Path) -> None:
@@ -110,38 +144,74 @@ def _link_back(path: Path, target: Path) -> None:
         path.symlink_to(target)
 
 
-_copies: dict[int, _Copies] = {}  # by thread
+# Who listens at this moment, by thread, and the functions that tell them.
 
-
-@cache
-def _listen() -> None:
-    sys.addaudithook(_hear)  # For good: Python has no way to take it away.
-
-
-def _hear(event: str, args: tuple[Any, ...]) -> None:
-    if not _copies or event not in _PATHS_AT:
-        return
-    copies = _copies.get(threading.get_ident())
-    # A file that is only opened to be read or changed, such as a data set in a memory map, may be of any size.
-    if copies is not None and (event != "open" or (isinstance(args[2], int) and args[2] & os.O_TRUNC)):
-        for place in _PATHS_AT[event]:
-            copies.keep(args[place], follows_links=event == "open")
+_copies: dict[int, _Copies] = {}
+_turn = threading.Lock()
+_listeners = 0
+_silent = ExitStack()
 
 
 @contextmanager
-def _torch_save_heard() -> Iterator[None]:
-    """Make ``torch.save`` tell of the file that it opens, which it does outside of Python."""
-    serialization: Any = torch.serialization
-    opens = serialization._open_zipfile_writer
-
-    def open_and_tell(file: Any) -> Any:
-        copies = _copies.get(threading.get_ident())
-        if copies is not None and isinstance(file, (str, os.PathLike)):
-            copies.keep(file, follows_links=True)
-        return opens(file)
-
-    serialization._open_zipfile_writer = open_and_tell
+def _listening() -> Iterator[None]:
+    """Have the functions that touch files tell whoever listens; the first in starts that, and the last out ends it."""
+    global _listeners
+    with _turn:
+        if not _listeners:
+            _replace_functions()
+        _listeners += 1
     try:
         yield
     finally:
-        serialization._open_zipfile_writer = opens
+        with _turn:
+            _listeners -= 1
+            if not _listeners:
+                _silent.close()
+
+
+def _replace_functions() -> None:
+    tells: dict[tuple[Any, str], _Function] = {
+        **dict.fromkeys(_OPENING, _opening),
+        **dict.fromkeys(_MOVING, _moving),
+        **dict.fromkeys(_REMOVING, _removing),
+        (os, "open"): _opening_by_flags,
+        (torch.serialization, "_open_zipfile_writer"): _torchs_opening,
+    }
+    for (module, name), tell in tells.items():
+        function = getattr(module, name)
+        setattr(module, name, partial(_called, function, tell))
+        _silent.callback(setattr, module, name, function)
+
+
+def _called(function: _Function, tell: _Function, *args: Any, **kwargs: Any) -> Any:
+    copies = _copies.get(threading.get_ident())
+    if copies is not None:
+        tell(copies, *args, **kwargs)
+    return function(*args, **kwargs)
+
+
+def _opening(copies: _Copies, file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> None:
+    # A file that is only opened to be changed, such as a data set in a memory map, may be of any size.
+    if any(letter in mode for letter in "wxa"):
+        copies.hear(file, opens=True, creates_only="w" not in mode)
+
+
+def _opening_by_flags(copies: _Copies, path: Any, flags: int, *args: Any, dir_fd: int | None = None, **_: Any) -> None:
+    if flags & (os.O_CREAT | os.O_TRUNC):
+        copies.hear(path, dir_fd, opens=True, creates_only=not flags & os.O_TRUNC)
+
+
+def _torchs_opening(copies: _Copies, file: Any) -> None:
+    if isinstance(file, (str, os.PathLike)):
+        copies.hear(file, opens=True)
+
+
+def _moving(
+    copies: _Copies, src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None
+) -> None:
+    copies.hear(src, src_dir_fd)
+    copies.hear(dst, dst_dir_fd)
+
+
+def _removing(copies: _Copies, path: Any, *, dir_fd: int | None = None) -> None:
+    copies.hear(path, dir_fd)

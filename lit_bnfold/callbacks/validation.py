@@ -9,6 +9,7 @@ them.
 from __future__ import annotations
 
 import copy
+import operator
 import random
 import warnings
 from collections import OrderedDict, defaultdict, deque
@@ -42,11 +43,13 @@ from torchmetrics import Metric
 from lit_bnfold.callbacks.kept_files import files_put_back
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.folding.tensors import WITHOUT_TENSORS
+from lit_bnfold.writing import written_at_once
 
 _GENERATORS = (torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState)
 _CONTAINERS = (dict, list, deque, set)
 _OPENED = (nn.Module, *_CONTAINERS, tuple, *_GENERATORS)
 _MOST_PARTS = 10_000
+_missing = object()
 _HOOKS = tuple(name for name in dir(Callback) if name.startswith("on_"))
 # Where loaders, their datasets and those in turn keep what may draw random numbers.
 _INSIDE_LOADERS = ("sampler", "batch_sampler", "dataset", "collate_fn", "transform", "target_transform", "transforms")
@@ -142,6 +145,7 @@ def run_trainers_validation(
     others, returned_loss = vars(trainer)["callbacks"], _ReturnedLoss()
     with ExitStack() as stack:
         stack.enter_context(same_random_numbers(trainer.global_rank))
+        stack.enter_context(written_at_once(trainer))
         stack.enter_context(files_put_back())
         for logger in trainer.loggers:
             stack.enter_context(_muted_logger(logger))
@@ -155,6 +159,8 @@ def run_trainers_validation(
 
 def _measured(trainer: Trainer, loop: Any, logged: Mapping[str, Tensor], returned_loss: _ReturnedLoss) -> ValidationRun:
     """What a run of a validation loop has logged, and over how many batches."""
+    if loop._combined_loader is None:  # There was nothing to validate on.
+        return ValidationRun({}, ())
     metrics = {key: float(value) for key, value in logged.items() if value.numel() == 1}
     loaders = range(loop.num_dataloaders if loop._is_sequential else 1)
     batches = tuple(loop._seen_batches_per_dataloader[idx] for idx in loaders)
@@ -307,6 +313,8 @@ def _no_trace(
     connector = trainer._logger_connector
     with ExitStack() as stack:
         stack.enter_context(same_random_numbers(trainer.global_rank))
+        stack.enter_context(_put_back([vars(trainer.strategy)]))
+        stack.enter_context(written_at_once(trainer))
         stack.enter_context(files_put_back())
         # Compiled code would be compiled again for layers that are swapped for one run only.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -462,15 +470,19 @@ def _undo(part: Any) -> Callable[[], object]:
 
 @_undo.register(dict)
 def _(part: dict[Any, Any]) -> Callable[[], object]:
-    before = list(part.items())
-    # The methods of the kind itself, here and below: that of a Counter counts on.
+    # The methods of the kind itself, here and below: those of a Counter count on.
     kind: Any = OrderedDict if isinstance(part, OrderedDict) else dict
+    before = list(kind.items(part))
 
     def put_back() -> None:
         # An emptied dict is filled again in its old order, but only when it has to be.
-        if [id(key) for key in part] != [id(key) for key, _ in before]:
+        now = list(kind.items(part))
+        if [id(key) for key, _ in now] != [id(key) for key, _ in before]:
             kind.clear(part)
-        kind.update(part, before)
+            now = [(None, _missing)] * len(before)
+        for (key, value), (_, found) in zip(before, now, strict=True):
+            if found is not value:
+                kind.__setitem__(part, key, value)
 
     return put_back
 
@@ -479,13 +491,15 @@ def _(part: dict[Any, Any]) -> Callable[[], object]:
 @_undo.register(deque)
 @_undo.register(set)
 def _(part: list[Any] | deque[Any] | set[Any]) -> Callable[[], object]:
-    before = list(part)
     kind: Any = next(kind for kind in _CONTAINERS if isinstance(part, kind))
+    before = list(kind.__iter__(part))
 
     def put_back() -> None:
-        kind.clear(part)
-        fill: Any = kind.update if kind is set else kind.extend
-        fill(part, before)
+        now = list(kind.__iter__(part))
+        if len(now) != len(before) or any(map(operator.is_not, now, before)):
+            kind.clear(part)
+            fill: Any = kind.update if kind is set else kind.extend
+            fill(part, before)
 
     return put_back
 
@@ -589,6 +603,12 @@ class _MutedExperiment(_DummyExperiment):
 
     def __getitem__(self, key: Any) -> Any:
         return MagicMock()
+
+    def __enter__(self) -> _MutedExperiment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:

@@ -1519,6 +1519,17 @@ def test_a_checkpoint_is_validated_as_the_training_that_left_it(
     assert not files_in(tmp_path / "logs")
 
 
+def test_a_checkpoint_without_a_validation_is_proven_on_an_example(tmp_path: Path, randomised: Randomised) -> None:
+    saved, module, folding = tmp_path / "saved.ckpt", ValidatingItself(), BatchNormFolding()
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(randomised(Tiny()), loader())
+    trainer.save_checkpoint(saved)
+    module.example_input_array = examples(2).tensors[0]
+    folding.fold_checkpoint(quiet_trainer(tmp_path, limit_val_batches=0), module, saved)
+    assert folding.plan is not None
+    assert folding.plan.folds
+
+
 class FailingFolded(ValidatingItself):
     def on_validation_epoch_end(self) -> None:
         assert isinstance(self.net[1], nn.BatchNorm1d)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import os
 import pickle
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +92,7 @@ WAYS: list[Callable[[Path], object]] = [
     lambda path: open(os.fsencode(path), "wb").close(),  # noqa: PTH123 (a path of bytes)
     lambda path: os.close(os.open(path, os.O_WRONLY | os.O_TRUNC)),
     lambda path: shutil.copy(__file__, path),
+    lambda path: shutil.rmtree(path.parent),
     write_pickle,
 ]
 
@@ -138,16 +142,6 @@ def test_new_files_and_appended_lines_stay_and_what_is_only_changed_is_not_copie
     assert {path.name for path in tmp_path.iterdir()} == {"log", "memory", "renamed"}
 
 
-def test_a_file_that_somebody_has_open_is_written_in_place(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    path.write_bytes(b"one\n")
-    with path.open("ab") as appending:
-        with files_put_back():
-            write_whole(path)
-        appending.write(b"two\n")
-    assert path.read_bytes() == b"one\ntwo\n"
-
-
 def test_a_link_leads_where_it_led(tmp_path: Path) -> None:
     first, second, latest = tmp_path / "first", tmp_path / "second", tmp_path / "latest"
     first.write_bytes(OLD)
@@ -160,6 +154,94 @@ def test_a_link_leads_where_it_led(tmp_path: Path) -> None:
     assert latest.readlink() == first
     assert first.read_bytes() == OLD
     assert second.read_bytes() == b"second"
+
+
+def test_another_name_of_a_file_has_what_was_there_first(tmp_path: Path) -> None:
+    path, name = tmp_path / "weights", tmp_path / "latest"
+    path.write_bytes(OLD)
+    name.hardlink_to(path)
+    with files_put_back():
+        write_whole(path)
+        name.unlink()
+        name.hardlink_to(path)
+    assert path.read_bytes() == name.read_bytes() == OLD
+
+
+def test_what_is_made_and_moved_in_between_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(OLD)
+    with files_put_back():
+        for _ in range(2):
+            with tempfile.NamedTemporaryFile(dir=tmp_path, delete=False) as file:
+                file.write(b"new")
+            Path(file.name).replace(path)
+        with (tmp_path / "lines").open("a") as lines:
+            lines.write("new")
+        (tmp_path / "lines").rename(tmp_path / "others")
+        tempfile.NamedTemporaryFile(dir=tmp_path).close()
+    assert path.read_bytes() == OLD
+    assert {each.name for each in tmp_path.iterdir()} == {"weights", "others"}
+
+
+def test_where_there_is_no_room_for_a_copy_the_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, other = tmp_path / "weights", tmp_path / "other"
+    path.write_bytes(OLD)
+    other.write_bytes(OLD)
+    copy = shutil.copy2
+
+    def fail(source: Path, target: Path) -> None:
+        if source == path:
+            target.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copy(source, target)
+
+    monkeypatch.setattr(shutil, "copy2", fail)
+    with files_put_back():
+        write_whole(other)
+        with pytest.raises(OSError, match="No space left"):
+            write_whole(path)
+    assert path.read_bytes() == other.read_bytes() == OLD
+
+
+def test_one_that_cannot_be_put_back_keeps_no_other_from_it(tmp_path: Path) -> None:
+    path, other = tmp_path / "weights", tmp_path / "other"
+    path.write_bytes(OLD)
+    other.write_bytes(OLD)
+
+    def make_a_directory() -> None:
+        with files_put_back():
+            write_whole(other)
+            path.unlink()
+            path.mkdir()
+
+    with pytest.raises(OSError, match="directory"):
+        make_a_directory()
+    assert other.read_bytes() == OLD
+    assert not [each for each in tmp_path.iterdir() if each.name.startswith(".")]
+
+
+def test_nothing_is_watched_afterwards(tmp_path: Path) -> None:
+    functions = [open, io.open, os.open, os.replace, os.remove, vars(torch.serialization)["_open_zipfile_writer"]]
+    inside, outside = threading.Event(), threading.Event()
+
+    def listen() -> None:
+        with files_put_back():
+            inside.set()
+            outside.wait()
+
+    thread = threading.Thread(target=listen)
+    with files_put_back():
+        thread.start()
+        inside.wait()
+    path = tmp_path / "weights"
+    path.write_bytes(OLD)
+    with files_put_back():
+        torch.save(3, path)
+    assert path.read_bytes() == OLD
+    outside.set()
+    thread.join()
+    assert [open, io.open, os.open, os.replace, os.remove] == functions[:5]
+    assert vars(torch.serialization)["_open_zipfile_writer"] is functions[5]
 
 
 def test_other_threads_and_processes_write_as_they_like(tmp_path: Path) -> None:

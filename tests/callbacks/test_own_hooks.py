@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +26,8 @@ from torch.serialization import save as save_as_imported
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
 from lit_bnfold import BatchNormFolding, load_folded
-from lit_bnfold.folding import FoldingError
+from lit_bnfold.checkpoint import FoldedLoading
+from lit_bnfold.folding import FoldingError, FoldingPlan
 from trainers import files_in, quiet_trainer
 
 Randomised = Callable[[nn.Module], nn.Module]
@@ -156,6 +158,77 @@ def test_a_module_that_loads_its_network_itself_meets_it_folded(tmp_path: Path, 
     assert torch.equal(module(inputs), folding.folded_module(inputs))
 
 
+class Building(Tiny):
+    """Builds its network when it is loaded."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.net = Tiny().net
+
+
+class BuildingAPart(Tiny):
+    """Builds one of its networks when it is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.build()
+
+    def build(self) -> None:
+        self.head = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.net(inputs))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.build()
+
+
+class Drawing(Tiny):
+    """Draws numbers when it is saved and loaded, and wants nothing but weights there."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.drawn = torch.rand(3), random.random()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.drawn = torch.rand(3), random.random()
+        assert checkpoint["state_dict"].keys() <= Tiny().state_dict().keys()
+
+
+class Mixed(FoldedLoading, LoadingItself):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Building, BuildingAPart, Drawing, Mixed])
+def test_a_module_that_does_more_when_it_is_loaded_is_loaded_folded(
+    kind: type[Tiny], tmp_path: Path, randomised: Randomised
+) -> None:
+    folding, drawn = BatchNormFolding(), []
+    for callbacks in ([], [folding]):
+        torch.manual_seed(1)
+        random.seed(1)
+        fitted(randomised(kind()), tmp_path, callbacks=callbacks)
+        drawn.append((torch.rand(1), random.random()))
+    assert drawn[0] == drawn[1]
+    inputs = torch.randn(7, 4)
+    assert folding.folded_module is not None
+    expected = folding.folded_module(inputs)
+    loaded = load_folded(kind, tmp_path / "folded.ckpt")
+    assert torch.equal(loaded(inputs), expected)
+    saved: dict[str, Any] = {"state_dict": loaded.state_dict()}
+    loaded.on_save_checkpoint(saved)
+    assert FoldingPlan.from_dict(saved["batchnorm_folding"]) == folding.plan
+    if kind is Mixed:
+        assert torch.equal(Mixed.load_from_checkpoint(tmp_path / "folded.ckpt").eval()(inputs), expected)
+
+
+class Changing(Tiny):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["net.0.weight"] = torch.zeros(5, 4)
+
+
+class MixedChanging(FoldedLoading, Changing):
+    pass
+
+
 class Forgetting(Tiny):
     """Saves its network, and begins anew wherever it is loaded."""
 
@@ -197,6 +270,8 @@ class Averaged(Tiny):
     ("kind", "sentence"),
     [
         (Halved, "its folded.ckpt would not hold `net.0.weight` as it is folded"),
+        (Changing, "its folded.ckpt would not hold `net.0.weight` as it is folded"),
+        (MixedChanging, "its folded.ckpt would not hold `net.0.weight` as it is folded"),
         (Forgetting, "its folded.ckpt would not hold `net.0.weight` as it is folded"),
         (Averaged, "its folded.ckpt could not be loaded again: RuntimeError: Error"),
     ],
@@ -278,6 +353,20 @@ def test_what_a_module_keeps_by_itself_is_what_training_has_left(
             state.pop("callbacks", None)
         assert str(saved) == str(expected)
     assert vars(torch.serialization)["_open_zipfile_writer"].__module__ == "torch.serialization"
+
+
+class KeepingLater(Tiny):
+    def on_validation_epoch_end(self) -> None:
+        self.trainer.save_checkpoint(f"{self.trainer.default_root_dir}/best.ckpt")
+
+
+def test_what_another_thread_would_write_is_written_at_once(tmp_path: Path, randomised: Randomised) -> None:
+    plugin = AsyncCheckpointIO()
+    module = randomised(KeepingLater())
+    trainer = fitted(module, tmp_path, callbacks=[BatchNormFolding()], plugins=[plugin])
+    assert trainer.strategy.checkpoint_io is plugin
+    plugin.teardown()
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"].keys() == module.state_dict().keys()
 
 
 class NamingByTime(Tiny):
@@ -676,6 +765,25 @@ def test_counters_of_any_kind_are_put_back(tmp_path: Path, randomised: Randomise
         trainer.fit(module, datamodule=Data())
         states.append(module.state())
     assert states[0] == states[1]
+
+
+class Registry(OrderedDict):  # type: ignore[type-arg]
+    def __setitem__(self, key: Any, value: Any) -> None:
+        assert key not in self
+        super().__setitem__(key, value)
+
+
+class Newest(list):  # type: ignore[type-arg]
+    def __iter__(self) -> Any:
+        return reversed(list(super().__iter__()))
+
+
+def test_containers_that_nobody_has_changed_are_not_touched(tmp_path: Path) -> None:
+    module = Tiny()
+    module.registry, module.newest = Registry(first=1), Newest([1, 2, 3])
+    fitted(module, tmp_path, callbacks=[BatchNormFolding()])
+    assert dict(module.registry) == {"first": 1}
+    assert [list.__getitem__(module.newest, place) for place in range(3)] == [1, 2, 3]
 
 
 class InTurn(Tiny):
