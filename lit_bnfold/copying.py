@@ -11,23 +11,27 @@ from torch import nn
 from lit_bnfold.folding.copying import copy_model, stand_in
 
 
-def eval_copy(pl_module: LightningModule, shared: Iterable[nn.Parameter], trainer: Trainer | None) -> LightningModule:
+def eval_copy(
+    pl_module: LightningModule,
+    shared: Iterable[nn.Parameter],
+    trainer: Trainer | None,
+    belongings: Iterable[object] = (),
+) -> LightningModule:
     """A copy in eval mode, without a Trainer; what belongs to that, such as loggers and data, is shared.
 
     Args:
         pl_module: The module.
         shared: Those of its parameters whose memory the copy is built around.
         trainer: The Trainer that the module is attached to, if it is.
+        belongings: What else is shared.
 
     Raises:
         FoldingError: If it cannot be copied, such as a module with a lock.
     """
     memo: dict[int, Any] = {id(parameter): stand_in(parameter) for parameter in shared}
     if trainer is not None:
-        loggers: list[Any] = list(trainer.loggers)
-        experiments = [vars(logger).get("_experiment") for logger in loggers]
-        for each in (trainer, getattr(trainer, "datamodule", None), *loggers, *experiments):
-            memo[id(each)] = each
+        belongings = [*belongings, trainer, getattr(trainer, "datamodule", None), *trainer.loggers]
+    memo |= {id(each): each for each in belongings}
     pl_module.trainer = None
     try:
         return copy_model(pl_module, memo).eval()

@@ -30,6 +30,7 @@ from lit_bnfold.callbacks.tensorboard import show_in_tensorboard, tensorboard_lo
 from lit_bnfold.callbacks.tolerance import default_tolerance, dtype_tolerance
 from lit_bnfold.callbacks.validation import (
     ValidationRun,
+    experiments_of,
     first_training_batch,
     module_put_back,
     run_trainers_validation,
@@ -707,7 +708,7 @@ def _copy(pl_module: LightningModule, trained: Collection[int | None]) -> Lightn
     """
     made = (parameter for parameter in pl_module.parameters() if address_of(parameter) not in trained)
     try:
-        return eval_copy(pl_module, made, pl_module.trainer)
+        return eval_copy(pl_module, made, pl_module.trainer, experiments_of(pl_module.trainer.loggers))
     except FoldingError as error:
         rank_zero_warn(f"{error} BatchNormFolding has no folded_module; load_folded makes one of the file.")
         return None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_bnfold.callbacks.export import NO_CALL, ExampleCall, quietly, reason_of
-from lit_bnfold.callbacks.validation import same_random_numbers
+from lit_bnfold.callbacks.validation import experiments_of, same_random_numbers
 from lit_bnfold.copying import eval_copy
 from lit_bnfold.folding import FoldingError
 from lit_bnfold.folding.tensors import tensors_in
@@ -63,7 +63,8 @@ def runnable_copy(pl_module: LightningModule, trainer: Trainer | None = None) ->
         The copy: running it leaves the module's buffers and attributes as they are. None if it cannot be copied.
     """
     try:
-        return eval_copy(pl_module, pl_module.parameters(), trainer)
+        belongings = [] if trainer is None else experiments_of(trainer.loggers)
+        return eval_copy(pl_module, pl_module.parameters(), trainer, belongings)
     except FoldingError:
         return None
 

@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ def files_put_back() -> Iterator[None]:
         'mine'
     """
     thread = threading.get_ident()
-    with tempfile.TemporaryDirectory() as directory, _listening():
-        around, copies = _copies.get(thread), _Copies(Path(directory))
+    with ExitStack() as stack, _listening():
+        around, copies = _copies.get(thread), _Copies(stack)
         _copies[thread] = copies
         try:
             yield
@@ -63,17 +63,21 @@ class _Copies:
     """Copies of files as they were before they were written.
 
     Args:
-        directory: Where the copies go.
+        stack: Where it is noted that their directory has to go again.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
         self._process = os.getpid()
         self._copies: dict[Path, Path] = {}
         self._of_inode: dict[tuple[int, int], Path] = {}
         self._links: dict[Path, Path] = {}
         self._new: set[Path] = set()
         self._is_busy = False
+
+    @cached_property
+    def _directory(self) -> Path:
+        return Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
 
     def hear(self, path: Any, directory: int | None = None, *, opens: bool = False, creates_only: bool = False) -> None:
         """Copy a file that is about to change, or note where a link leads, if it was there before and is not kept yet.

@@ -613,13 +613,21 @@ class _MutedExperiment(_DummyExperiment):
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """That of the experiment, for whoever asks with ``isinstance``."""
-        experiment = vars(self._logger).get("_experiment")
-        return type(self) if experiment is None else type(experiment)
+        return next(map(type, experiments_of([self._logger])), type(self))
+
+
+def experiments_of(loggers: Iterable[Logger]) -> list[Any]:
+    """What loggers write to, as far as they have begun to.
+
+    Args:
+        loggers: The loggers.
+    """
+    return [vars(logger)["_experiment"] for logger in loggers if vars(logger).get("_experiment") is not None]
 
 
 def _mute_what_is_kept_of(logger: Logger, pl_module: LightningModule) -> None:
     """Mute the experiment of a logger where a module keeps it as an attribute, which is put back with all others."""
-    experiment = vars(logger).get("_experiment")
+    experiment = next(iter(experiments_of([logger])), None)
     for name, value in list(vars(pl_module).items()):
         if value is experiment is not None:
             vars(pl_module)[name] = _MutedExperiment(logger, type(logger))
