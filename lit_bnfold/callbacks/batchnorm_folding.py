@@ -434,7 +434,9 @@ class BatchNormFolding(Callback):
             left_out: Collection[str] = ()
             if self.report["mismatch"] is None:
                 measure = partial(measure_inference, trainer, unfolded, validation_seconds=seconds)
-                left_out = self._write(trainer, pl_module, plan, directory, calls, trained, measure)
+                # The module's hooks are called for that, and copies may share functions that write into the module.
+                with same_random_numbers(trainer.global_rank), module_put_back(trainer, pl_module):
+                    left_out = self._write(trainer, pl_module, plan, directory, calls, trained, measure)
         again = partial(self._fold, trainer, pl_module, validate, directory, weights, reestimated, best)
         if left_out:
             more = {fold.batchnorm for fold in plan.folds if not set(fold.layers).isdisjoint(left_out)}
@@ -537,20 +539,13 @@ class BatchNormFolding(Callback):
             outdated = [report, page, *(directory / name for name in FILES.values())]
             self._stages.begin("writing folded.ckpt")
             try:
-                with same_random_numbers(trainer.global_rank), module_put_back(trainer, pl_module):
-                    save_folded(trainer, pl_module, plan, directory / "folded.ckpt", self._progress, outdated)
+                save_folded(trainer, pl_module, plan, directory / "folded.ckpt", self._progress, outdated)
             except UnfaithfulError as error:
                 self.report["mismatch"] = str(error)
                 return error.left_out
             self._has_written = True
-            tolerance = self.tolerance or dtype_tolerance(pl_module)
-            # Copies share functions with the module, and a hook of the copy may be one that writes into the module.
-            with module_put_back(trainer, pl_module), _calls_seen(pl_module) as seen:
-                self.report["exports"] = export_files(
-                    self.export, trainer, folded, calls, directory, tolerance, self._stages.begin
-                )
-                self._stages.begin("measuring how fast both versions are")
-                self.report["inference"] = measure(folded, calls)
+            with _calls_seen(pl_module) as seen:
+                self._export_and_measure(trainer, pl_module, folded, calls, directory, measure)
             if seen:
                 rank_zero_warn(
                     "A copy of the module calls the module itself, as where a function that it keeps holds on to that. "
@@ -565,6 +560,24 @@ class BatchNormFolding(Callback):
                     write_report(self.report, part)
         self.folded_module = folded
         return ()
+
+    def _export_and_measure(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        folded: LightningModule | None,
+        calls: Sequence[ExampleCall],
+        directory: Path,
+        measure: Callable[[LightningModule | None, Sequence[ExampleCall]], Inference],
+    ) -> None:
+        """Add to the report what running the copies gives."""
+        assert self.report is not None
+        tolerance = self.tolerance or dtype_tolerance(pl_module)
+        self.report["exports"] = export_files(
+            self.export, trainer, folded, calls, directory, tolerance, self._stages.begin
+        )
+        self._stages.begin("measuring how fast both versions are")
+        self.report["inference"] = measure(folded, calls)
 
     def _tell_failed_exports(self) -> None:
         """Raise or warn, as for a mismatch, when everything else is done."""
