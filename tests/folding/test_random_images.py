@@ -201,7 +201,7 @@ def check(program: list[Step], randomised: Any) -> int:
     return len(plan.folds)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(program=steps)
 def test_folding_a_random_network_of_convolutions_changes_nothing(program: list[Step], randomised: Any) -> None:
     check(program, randomised)

@@ -354,7 +354,7 @@ EVERYTHING = {"deadline": None, "database": None, "suppress_health_check": list(
 Randomised = Callable[[nn.Module], nn.Module]
 
 
-@settings(max_examples=200, derandomize=True, **EVERYTHING)
+@settings(max_examples=120, derandomize=True, **EVERYTHING)
 @given(programs(), st.integers(2, 4))
 def test_folding_a_random_model_changes_nothing(
     randomised: Randomised, drawn: tuple[Program, Shape], size: int
