@@ -260,11 +260,16 @@ def stay_folded(pl_module: LightningModule, plan: FoldingPlan) -> None:
 
 
 def _remember(plan: FoldingPlan, module: nn.Module) -> None:
-    hook = vars(module).get("on_load_checkpoint")
-    if isinstance(hook, _LongerHook) and _check_is_folded in hook.parts:
-        return  # Its own hook has built it anew since.
-    _add_to_hook(module, "on_save_checkpoint", partial(_add_manifest, plan))
-    _add_to_hook(module, "on_load_checkpoint", _check_is_folded, first=True)
+    """Have a module write a plan beside those that it writes already, but no fold twice: it may be built anew."""
+    parts = {
+        name: getattr(vars(module).get(name), "parts", []) for name in ("on_save_checkpoint", "on_load_checkpoint")
+    }
+    plans = [part.args[0] for part in parts["on_save_checkpoint"] if getattr(part, "func", None) is _add_manifest]
+    known = {fold.batchnorm for each in plans for fold in each.folds}
+    new = FoldingPlan(tuple(fold for fold in plan.folds if fold.batchnorm not in known), plan.kept)
+    _add_to_hook(module, "on_save_checkpoint", partial(_add_manifest, new))
+    if _check_is_folded not in parts["on_load_checkpoint"]:
+        _add_to_hook(module, "on_load_checkpoint", _check_is_folded, first=True)
 
 
 def _check_is_folded(checkpoint: Mapping[str, Any]) -> None:

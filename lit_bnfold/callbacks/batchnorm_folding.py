@@ -250,9 +250,9 @@ class BatchNormFolding(Callback):
         try:
             yield
         except Exception as error:
-            # Of several processes this may be the only one that fails, and the others wait for it.
             if unless():
                 raise
+            # Of several processes this may be the only one that fails, and the others wait for it.
             if self.on_mismatch == "raise" or trainer.world_size > 1:
                 if not isinstance(error, FoldingError):
                     rank_zero_info(

@@ -715,6 +715,29 @@ def test_the_trainers_own_module_is_replaced_on_request(tmp_path: Path, randomis
     )
 
 
+class OfTwoBlocks(Tiny):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 5), nn.BatchNorm1d(5))
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.net(inputs)
+
+
+def test_what_is_replaced_twice_writes_both_plans(tmp_path: Path, randomised: Randomised) -> None:
+    module = randomised(OfTwoBlocks())
+    hook = module.net[4].register_forward_hook(lambda *_: None)
+    fit(tmp_path, module, BatchNormFolding(replace=True))
+    assert [type(layer) for layer in module.net[1::3]] == [nn.Identity, nn.BatchNorm1d]
+    hook.remove()
+    trainer = fit(tmp_path, module, BatchNormFolding(replace=True))
+    trainer.save_checkpoint(tmp_path / "later.ckpt")
+    saved = torch.load(tmp_path / "later.ckpt", weights_only=True)["batchnorm_folding"]
+    assert [fold["batchnorm"] for fold in saved["folds"]] == ["net.1", "net.4"]
+    inputs = examples(4).tensors[0]
+    assert torch.equal(load_folded(OfTwoBlocks, tmp_path / "later.ckpt")(inputs), module.eval()(inputs))
+
+
 # What comes after the fit ---------------------------------------------------------------------------------------------
 
 
