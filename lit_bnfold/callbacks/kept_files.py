@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ _Function = Callable[..., Any]
 # Through these Python opens, moves and removes files; `torch.save` opens its own elsewhere.
 _OPENING = [(builtins, "open"), (io, "open")]
 _MOVING = [(os, "rename"), (os, "replace")]
-_REMOVING = [(os, "remove"), (os, "unlink")]
+_REMOVING = [(os, "remove"), (os, "unlink"), (os, "rmdir")]
 if _accessor := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10 has them once more.
     _OPENING += [(_accessor, "open")]
     _MOVING += [(_accessor, "rename"), (_accessor, "replace")]
-    _REMOVING += [(_accessor, "unlink")]
+    _REMOVING += [(_accessor, "unlink"), (_accessor, "rmdir")]
 
 
 @contextmanager
@@ -34,7 +34,9 @@ def files_put_back() -> Iterator[None]:
     """Put back what was in every file that this thread writes anew, moves or removes in here.
 
     What is appended to a file or written into the middle of it stays, and so do new files and directories that are
-    moved. What code outside of Python writes is not seen, but for ``torch.save``.
+    moved. What code outside of Python writes is not seen, but for ``torch.save``. What is written anew is never written
+    into the file that was there: that lies beside it meanwhile, as ``.best.pt.kept``, and still does if the process is
+    killed.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -60,7 +62,7 @@ def files_put_back() -> Iterator[None]:
 
 
 class _Copies:
-    """Copies of files as they were before they were written.
+    """Files as they were before they were written: set aside, or copied.
 
     Args:
         stack: Where it is noted that their directory has to go again.
@@ -73,31 +75,44 @@ class _Copies:
         self._of_inode: dict[tuple[int, int], Path] = {}
         self._links: dict[Path, Path] = {}
         self._new: set[Path] = set()
+        self._number_of_places = 0
         self._is_busy = False
 
     @cached_property
     def _directory(self) -> Path:
         return Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
 
-    def hear(self, path: Any, directory: int | None = None, *, opens: bool = False, creates_only: bool = False) -> None:
-        """Copy a file that is about to change, or note where a link leads, if it was there before and is not kept yet.
+    def hear(
+        self,
+        path: Any,
+        directory: int | None = None,
+        *,
+        opens: bool = False,
+        creates_only: bool = False,
+        leaves: bool = False,
+    ) -> None:
+        """Keep a file that is about to change, or where a link leads, if it was there before and is not kept yet.
 
         Args:
             path: The path.
             directory: A descriptor of the directory that it is relative to; None for the current one.
             opens: Whether it is opened, and a link followed.
             creates_only: Whether what is in the file stays.
+            leaves: Whether it is removed or moved elsewhere; it may be a directory.
         """
         # A process that was forked has files of its own. What is open was heard of when it was opened.
         if self._is_busy or os.getpid() != self._process or hasattr(path, "__index__"):
             return
         self._is_busy = True
         try:
-            self._keep(_absolute(path, directory, follows_links=opens), creates_only)
+            place = _absolute(path, directory, follows_links=opens)
+            if leaves:
+                self._bring_to_safety(place)
+            self._keep(place, creates_only, leaves)
         finally:
             self._is_busy = False
 
-    def _keep(self, path: Path, creates_only: bool) -> None:
+    def _keep(self, path: Path, creates_only: bool, leaves: bool) -> None:
         if path in self._copies or path in self._links or path in self._new:
             return
         if not os.path.lexists(path):
@@ -107,13 +122,34 @@ class _Copies:
         elif path.is_symlink():
             self._links[path] = path.readlink()
         elif path.is_file():
-            status = path.stat()
-            inode = status.st_dev, status.st_ino
-            if inode not in self._of_inode:  # Else it is another name of a file that has changed already.
-                copy = self._directory / str(len(self._of_inode))
-                shutil.copy2(path, copy)
-                self._of_inode[inode] = copy
-            self._copies[path] = self._of_inode[inode]
+            aside = _beside(path, "kept")
+            if leaves or os.path.lexists(aside):
+                self._copies[path] = self._copy_of(path)
+                return
+            self._copies[path] = aside  # Before it is there, for in between may come an interrupt.
+            try:
+                _set_aside(path, aside)
+            except OSError:
+                self._copies[path] = self._copy_of(path)
+
+    def _copy_of(self, path: Path) -> Path:
+        status = path.stat()
+        inode = status.st_dev, status.st_ino
+        if inode not in self._of_inode:  # Else it is another name of a file that is copied already.
+            copy = self._new_place()
+            shutil.copy2(path, copy)
+            self._of_inode[inode] = copy
+        return self._of_inode[inode]
+
+    def _bring_to_safety(self, directory: Path) -> None:
+        """Move away what was set aside in a directory that is about to go."""
+        for path, copy in self._copies.items():
+            if directory in path.parents and copy.parent == path.parent and copy.exists():
+                self._copies[path] = Path(shutil.move(copy, self._new_place()))
+
+    def _new_place(self) -> Path:
+        self._number_of_places += 1
+        return self._directory / str(self._number_of_places)
 
     def put_back(self) -> None:
         """Give every file its content back."""
@@ -131,10 +167,31 @@ def _absolute(path: Any, directory: int | None, *, follows_links: bool) -> Path:
     return Path(os.path.realpath(name) if follows_links else os.path.abspath(name))  # noqa: PTH100 (it follows links)
 
 
+def _beside(path: Path, ending: str) -> Path:
+    name = os.fsdecode(os.fsencode(path.name)[:200])  # File systems take 255 bytes.
+    return path.with_name(f".{name}.{ending}")
+
+
+def _set_aside(path: Path, aside: Path) -> None:
+    """Put an empty file in the place of a file."""
+    mode = path.stat().st_mode & 0o777
+    path.rename(aside)
+    try:
+        path.touch(exist_ok=False)
+        path.chmod(mode)
+    except OSError:
+        aside.replace(path)
+        raise
+
+
 def _write_back(path: Path, copy: Path) -> None:
+    if copy.parent == path.parent:
+        with suppress(FileNotFoundError):  # Nothing has been written yet.
+            copy.replace(path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Under its own name there is always a whole file, also if this is interrupted.
-    part = path.with_name(f".{path.name}.put_back")
+    part = _beside(path, "put_back")
     try:
         shutil.copy2(copy, part)
         part.replace(path)
@@ -213,9 +270,9 @@ def _torchs_opening(copies: _Copies, file: Any) -> None:
 def _moving(
     copies: _Copies, src: Any, dst: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None
 ) -> None:
-    copies.hear(src, src_dir_fd)
+    copies.hear(src, src_dir_fd, leaves=True)
     copies.hear(dst, dst_dir_fd)
 
 
 def _removing(copies: _Copies, path: Any, *, dir_fd: int | None = None) -> None:
-    copies.hear(path, dir_fd)
+    copies.hear(path, dir_fd, leaves=True)

@@ -8,9 +8,11 @@ import io
 import os
 import pickle
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy
@@ -45,6 +47,35 @@ def move_away(path: Path) -> None:
 def remove_and_write(path: Path) -> None:
     path.unlink()
     path.write_bytes(b"new")
+
+
+def write_and_remove_with_its_directory(path: Path) -> None:
+    path.write_bytes(b"new")
+    path.unlink()
+    path.parent.rmdir()
+
+
+def write_and_move_with_its_directory(path: Path) -> None:
+    path.write_bytes(b"new")
+    path.parent.rename(path.parent.with_name("outer"))
+    assert [each.name for each in path.parent.with_name("outer").iterdir()] == [path.name]
+
+
+def write_and_remove_whatever_is_beside_it(path: Path) -> None:
+    path.write_bytes(b"new")
+    shutil.rmtree(path.parent)
+
+
+def write_with_a_file_of_an_earlier_process_beside_it(path: Path) -> None:
+    path.with_name(f".{path.name}.kept").write_bytes(b"older")
+    path.write_bytes(b"new")
+    path.unlink()
+
+
+def write_twice_and_replace(path: Path) -> None:
+    write_whole(path)
+    write_whole(path)
+    replace_by_another(path)
 
 
 def remove_with_its_directory(path: Path) -> None:
@@ -94,6 +125,11 @@ WAYS: list[Callable[[Path], object]] = [
     lambda path: shutil.copy(__file__, path),
     lambda path: shutil.rmtree(path.parent),
     write_pickle,
+    write_and_remove_with_its_directory,
+    write_and_move_with_its_directory,
+    write_and_remove_whatever_is_beside_it,
+    write_with_a_file_of_an_earlier_process_beside_it,
+    write_twice_and_replace,
 ]
 
 
@@ -110,6 +146,66 @@ def test_what_was_there_before_is_there_again(write: Callable[[Path], object], t
     assert path.read_bytes() == OLD
     after = path.stat()
     assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+
+
+def test_a_process_that_is_killed_leaves_what_was_in_a_file_beside_it(tmp_path: Path) -> None:
+    path, name = tmp_path / "weights", tmp_path / "name"
+    path.write_bytes(OLD)
+    name.hardlink_to(path)
+    child = os.fork()
+    if not child:
+        with files_put_back():
+            write_whole(path)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert path.read_bytes() == b"new"
+    assert (tmp_path / ".weights.kept").read_bytes() == name.read_bytes() == OLD
+
+
+def test_a_file_that_cannot_be_set_aside_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ("w" * 252)  # Another name with it may not be longer than 255.
+    path.write_bytes(OLD)
+    with files_put_back():
+        write_whole(path)
+    assert path.read_bytes() == OLD
+
+    path = tmp_path / "weights"
+    path.write_bytes(OLD)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(Path, "touch", fail)
+    with files_put_back():
+        write_whole(path)
+    assert path.read_bytes() == OLD
+    assert not [each for each in tmp_path.iterdir() if each.name.startswith(".")]
+
+
+@pytest.mark.parametrize("step", ["rename", "touch"])
+def test_an_interrupt_on_the_way_loses_nothing(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(OLD)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, step, interrupt)
+    with pytest.raises(KeyboardInterrupt), files_put_back():
+        write_whole(path)
+    assert path.read_bytes() == OLD
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_that_may_not_be_written_still_may_not_be(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(OLD)
+    path.chmod(0o440)
+    with files_put_back():
+        with suppress(PermissionError):  # Who is root may write it.
+            write_whole(path)
+        assert path.stat().st_mode & 0o777 == 0o440
+    assert path.read_bytes() == OLD
 
 
 def test_what_fails_in_between_puts_back_too(tmp_path: Path) -> None:
@@ -199,7 +295,7 @@ def test_where_there_is_no_room_for_a_copy_the_file_stays(tmp_path: Path, monkey
     with files_put_back():
         write_whole(other)
         with pytest.raises(OSError, match="No space left"):
-            write_whole(path)
+            path.unlink()
     assert path.read_bytes() == other.read_bytes() == OLD
 
 
