@@ -122,8 +122,10 @@ class _Copies:
         elif path.is_symlink():
             self._links[path] = path.readlink()
         elif path.is_file():
-            aside = _beside(path, "kept")
-            if leaves or os.path.lexists(aside):
+            aside, status = _beside(path, "kept"), path.stat()
+            is_copied = (status.st_dev, status.st_ino) in self._of_inode
+            # One without content may be a lock, which is known by its inode.
+            if leaves or is_copied or not status.st_size or os.path.lexists(aside):
                 self._copies[path] = self._copy_of(path)
                 return
             self._copies[path] = aside  # Before it is there, for in between may come an interrupt.
@@ -188,6 +190,8 @@ def _write_back(path: Path, copy: Path) -> None:
     if copy.parent == path.parent:
         with suppress(FileNotFoundError):  # Nothing has been written yet.
             copy.replace(path)
+        return
+    if path.is_file() and not path.stat().st_size and not copy.stat().st_size:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     # Under its own name there is always a whole file, also if this is interrupted.

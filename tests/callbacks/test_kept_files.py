@@ -69,7 +69,7 @@ def write_and_remove_whatever_is_beside_it(path: Path) -> None:
 def write_with_a_file_of_an_earlier_process_beside_it(path: Path) -> None:
     path.with_name(f".{path.name}.kept").write_bytes(b"older")
     path.write_bytes(b"new")
-    path.unlink()
+    path.write_bytes(b"")
 
 
 def write_twice_and_replace(path: Path) -> None:
@@ -261,6 +261,35 @@ def test_another_name_of_a_file_has_what_was_there_first(tmp_path: Path) -> None
         name.unlink()
         name.hardlink_to(path)
     assert path.read_bytes() == name.read_bytes() == OLD
+
+
+def test_another_name_of_a_file_that_could_not_be_set_aside_has_what_was_there_first(tmp_path: Path) -> None:
+    path, name = tmp_path / "weights", tmp_path / "latest"
+    path.write_bytes(OLD)
+    name.hardlink_to(path)
+    (tmp_path / ".weights.kept").write_bytes(b"older")
+    with files_put_back():
+        write_whole(path)
+        write_whole(name)
+    assert path.read_bytes() == name.read_bytes() == OLD
+
+
+def test_a_lock_is_the_same_for_others_all_the_time(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+    inode = lock.stat().st_ino
+    with files_put_back():
+        os.close(os.open(lock, os.O_RDWR | os.O_TRUNC))
+        assert lock.stat().st_ino == inode
+    assert lock.stat().st_ino == inode
+
+
+def test_a_file_without_content_has_none_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "done"
+    path.touch()
+    with files_put_back():
+        write_whole(path)
+    assert path.read_bytes() == b""
 
 
 def test_what_is_made_and_moved_in_between_leaves_nothing(tmp_path: Path) -> None:
