@@ -9,9 +9,11 @@ import pathlib
 import shutil
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -48,39 +50,36 @@ def files_put_back() -> Iterator[None]:
         'mine'
     """
     thread = threading.get_ident()
-    with ExitStack() as stack, _listening():
-        around, copies = _copies.get(thread), _Copies(stack)
+    with _listening():
+        around, copies = _copies.get(thread), _Copies()
         _copies[thread] = copies
         try:
             yield
         finally:
-            if around is None:
-                del _copies[thread]
-            else:
-                _copies[thread] = around
-            copies.put_back()
+            try:
+                copies.put_back()
+            finally:
+                if around is None:
+                    del _copies[thread]
+                else:
+                    _copies[thread] = around
 
 
 class _Copies:
-    """Files as they were before they were written: set aside, or copied.
+    """Files as they were before they were written: set aside, or copied."""
 
-    Args:
-        stack: Where it is noted that their directory has to go again.
-    """
-
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
+    def __init__(self) -> None:
         self._process = os.getpid()
         self._copies: dict[Path, Path] = {}
         self._of_inode: dict[tuple[int, int], Path] = {}
         self._links: dict[Path, Path] = {}
         self._new: set[Path] = set()
-        self._number_of_places = 0
+        self._numbers = count()
         self._is_busy = False
 
     @cached_property
     def _directory(self) -> Path:
-        return Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        return Path(tempfile.mkdtemp())
 
     def hear(
         self,
@@ -122,21 +121,25 @@ class _Copies:
         elif path.is_symlink():
             self._links[path] = path.readlink()
         elif path.is_file():
-            aside, status = _beside(path, "kept"), path.stat()
-            is_copied = (status.st_dev, status.st_ino) in self._of_inode
+            status = path.stat()
+            inode = status.st_dev, status.st_ino
             # One without content may be a lock, which is known by its inode.
-            if leaves or is_copied or not status.st_size or os.path.lexists(aside):
-                self._copies[path] = self._copy_of(path)
-                return
-            self._copies[path] = aside  # Before it is there, for in between may come an interrupt.
-            try:
-                _set_aside(path, aside)
-            except OSError:
-                self._copies[path] = self._copy_of(path)
+            if leaves or inode in self._of_inode or not status.st_size or not self._sets_aside(path):
+                self._copies[path] = self._copy_of(path, inode)
 
-    def _copy_of(self, path: Path) -> Path:
-        status = path.stat()
-        inode = status.st_dev, status.st_ino
+    def _sets_aside(self, path: Path) -> bool:
+        aside = _beside(path, "kept")
+        if os.path.lexists(aside):
+            return False
+        self._copies[path] = aside  # Before it is there, for in between may come an interrupt.
+        try:
+            _set_aside(path, aside)
+        except OSError:
+            del self._copies[path]
+            return False
+        return True
+
+    def _copy_of(self, path: Path, inode: tuple[int, int]) -> Path:
         if inode not in self._of_inode:  # Else it is another name of a file that is copied already.
             copy = self._new_place()
             shutil.copy2(path, copy)
@@ -145,21 +148,37 @@ class _Copies:
 
     def _bring_to_safety(self, directory: Path) -> None:
         """Move away what was set aside in a directory that is about to go."""
-        for path, copy in self._copies.items():
-            if directory in path.parents and copy.parent == path.parent and copy.exists():
-                self._copies[path] = Path(shutil.move(copy, self._new_place()))
+        for path, aside in self._copies.items():
+            if directory in path.parents and aside.parent == path.parent and aside.exists():
+                copy = self._new_place()
+                shutil.copy2(aside, copy)
+                self._copies[path] = copy
+                aside.unlink()
 
     def _new_place(self) -> Path:
-        self._number_of_places += 1
-        return self._directory / str(self._number_of_places)
+        return self._directory / str(next(self._numbers))
 
     def put_back(self) -> None:
-        """Give every file its content back."""
+        """Give every file its content back; what could not be written stays among the temporary files."""
+        self._is_busy = True  # Whoever listens around this one has nothing to keep of that.
         with ExitStack() as stack:  # One that cannot be written keeps no other from it.
+            stack.push(self._remove_copies)
             for path, target in self._links.items():
                 stack.callback(_link_back, path, target)
             for path, copy in self._copies.items():
                 stack.callback(_write_back, path, copy)
+
+    def _remove_copies(self, error: type[BaseException] | None, *_: object) -> None:
+        if "_directory" not in vars(self):
+            return
+        if error is None:
+            shutil.rmtree(self._directory)
+        else:
+            warnings.warn(
+                "Not every file that was written over could be put back: what was in them lies in "
+                f"{self._directory}. Copy it from there.",
+                stacklevel=2,
+            )
 
 
 def _absolute(path: Any, directory: int | None, *, follows_links: bool) -> Path:

@@ -328,10 +328,51 @@ def test_where_there_is_no_room_for_a_copy_the_file_stays(tmp_path: Path, monkey
     assert path.read_bytes() == other.read_bytes() == OLD
 
 
-def test_one_that_cannot_be_put_back_keeps_no_other_from_it(tmp_path: Path) -> None:
-    path, other = tmp_path / "weights", tmp_path / "other"
+def test_a_file_that_could_not_be_kept_is_kept_when_it_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(OLD)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with files_put_back():
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "touch", fail)
+            patch.setattr(shutil, "copy2", fail)
+            with pytest.raises(OSError, match="No space left"):
+                write_whole(path)
+        assert path.read_bytes() == OLD
+        write_whole(path)
+    assert path.read_bytes() == OLD
+
+
+def test_what_cannot_be_put_back_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, temporary = tmp_path / "weights", tmp_path / "temporary"
+    path.write_bytes(OLD)
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill_the_disk() -> None:
+        with files_put_back():
+            path.unlink()
+            monkeypatch.setattr(shutil, "copy2", fail)
+
+    with pytest.raises(OSError, match="No space left"), pytest.warns(UserWarning, match=str(temporary)):
+        fill_the_disk()
+    assert [copy.read_bytes() for copy in temporary.rglob("*") if copy.is_file()] == [OLD]
+
+
+def test_one_that_cannot_be_put_back_keeps_no_other_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, other, temporary = tmp_path / "weights", tmp_path / "other", tmp_path / "temporary"
     path.write_bytes(OLD)
     other.write_bytes(OLD)
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
 
     def make_a_directory() -> None:
         with files_put_back():
@@ -339,7 +380,7 @@ def test_one_that_cannot_be_put_back_keeps_no_other_from_it(tmp_path: Path) -> N
             path.unlink()
             path.mkdir()
 
-    with pytest.raises(OSError, match="directory"):
+    with pytest.raises(OSError, match="directory"), pytest.warns(UserWarning, match=f"lies in {temporary}"):
         make_a_directory()
     assert other.read_bytes() == OLD
     assert not [each for each in tmp_path.iterdir() if each.name.startswith(".")]
@@ -395,3 +436,18 @@ def test_one_inside_of_another_puts_back_its_own(tmp_path: Path) -> None:
             path.write_bytes(b"inner")
         assert path.read_bytes() == b"outer"
     assert path.read_bytes() == OLD
+
+
+@pytest.mark.parametrize("write", WAYS)
+def test_one_around_another_does_not_take_that_for_its_own(
+    write: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, temporary = tmp_path / "inner" / "weights", tmp_path / "temporary"
+    path.parent.mkdir()
+    path.write_bytes(OLD)
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    with files_put_back(), files_put_back():
+        write(path)
+    assert path.read_bytes() == OLD
+    assert not list(temporary.iterdir())
